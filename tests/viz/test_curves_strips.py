@@ -1,0 +1,63 @@
+"""Curves and strips: the data that went in is on the axes, logs of crashed runs are readable."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffjax import viz
+
+
+def write(path, rows, tail=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return path
+
+
+def test_metrics_of_a_resumed_and_cut_run(tmp_path):
+    rows = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0, "lr": 0.1}, {"step": 2, "loss": 2.5}]
+    metrics = viz.read_metrics(write(tmp_path / "metrics.jsonl", rows, '{"step": 3, "lo'))
+    np.testing.assert_array_equal(metrics["loss"], [[1, 2], [4.0, 2.5]])
+    np.testing.assert_array_equal(metrics["lr"], [[2], [0.1]])
+
+
+def test_a_broken_line_in_the_middle_raises(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1,\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        viz.read_metrics(path)
+
+
+def test_loss_figure_holds_one_line_per_band():
+    steps = np.arange(10)
+    metrics = {"loss": (steps, 1.0 + steps), "loss/low": (steps, 2.0 + steps), "lr": (steps, steps)}
+    axes = viz.loss_curves(metrics).axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert sorted(drawn) == ["all levels", "low"]
+    np.testing.assert_array_equal(drawn["low"], 2.0 + steps)
+    with pytest.raises(ValueError, match="no 'loss' among the metrics: lr"):
+        viz.loss_curves({"lr": metrics["lr"]})
+
+
+def test_quality_figure_shows_points_lines_and_the_floor(tmp_path):
+    curves = {"DDIM": [(10, 0.3), (5, 0.5)], "Heun": [(9, 0.6), (49, 0.2)]}
+    figure = viz.quality_curves(curves, floor=(0.1, 0.01), lines={"memoriser": 0.18})
+    axes = figure.axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[5, 0.5], [10, 0.3]])
+    band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
+    np.testing.assert_allclose([band.y0, band.y1], [0.09, 0.11], rtol=1e-6)
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert viz.save(figure, tmp_path / "nfe.png").stat().st_size > 5000
+    width, _ = figure.canvas.get_width_height()
+    assert axes.get_legend().get_window_extent().x1 <= width
+
+
+def test_strip_shows_first_and_last_level_and_the_states_at_unit_scale():
+    rng = np.random.default_rng(0)
+    sigma = np.append(np.geomspace(40, 0.1, 30), 0.0)
+    x0 = np.clip(rng.standard_normal((31, 2, 4, 4, 1)), -1, 1)
+    x = x0 + sigma[:, None, None, None, None] * rng.standard_normal(x0.shape)
+    figure = viz.denoising_strip(x, x0, np.ones(31), sigma, columns=6)
+    texts = [t.get_text() for t in figure.axes[0].texts if t.get_text().strip()]
+    assert texts.count("x0 predicted") == 2 and "40" in texts and texts[-1] == "0" and len(texts) == 2 + 4 + 6
+    with pytest.raises(ValueError, match=r"\[n, S, H, W, C\]"):
+        viz.denoising_strip(x[0], x0[0], np.ones(31), sigma)
