@@ -1,0 +1,8 @@
+"""Data sets, augmentation and the input pipeline."""
+
+from diffjax.data.pipeline import AUGMENTS, batches
+from diffjax.data.sources import ArraySource, Dataset, Pixels, arrays, digits, npz
+
+SOURCES = {"digits": digits, "npz": npz}
+
+__all__ = ["AUGMENTS", "SOURCES", "ArraySource", "Dataset", "Pixels", "arrays", "batches", "digits", "npz"]
