@@ -67,13 +67,13 @@ def lookup(name: str, known: Mapping[str, Callable], kind: str) -> Callable:
 
 
 def build(spec: str | Mapping, known: Mapping[str, Callable], kind: str, **extra) -> Any:
-    """Calls what `spec` names with the arguments that it gives, and with `extra`.
+    """Calls what `spec` names with the arguments that it gives, and with those of `extra` that it has a parameter for.
 
     Args:
       spec: `"name(arg=1)"`, `"package.module:fn(arg=1)"`, or a mapping with `name` and the keyword arguments.
       known: the names of the library for this kind of thing.
       kind: what it is, for messages: `"schedule"`, `"solver"`, ...
-      extra: keyword arguments of the caller, after those of the spec.
+      extra: what the caller offers (a schedule, the shape of the data); each only for a parameter of that name.
 
     Raises:
       ValueError: for a malformed spec, an unknown name, or arguments that the callable does not take.
@@ -85,6 +85,8 @@ def build(spec: str | Mapping, known: Mapping[str, Callable], kind: str, **extra
         name, args = kwargs.pop("name"), ()
     fn = lookup(name, known, kind)
     signature = inspect.signature(fn)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    extra = {k: v for k, v in extra.items() if (open_ended or k in signature.parameters) and k not in kwargs}
     try:
         signature.bind(*args, **kwargs, **extra)
     except TypeError as error:

@@ -51,7 +51,7 @@ class Level(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Both halves of `x` as the network sees them: `alpha * x0 + sigma * eps = x` unless a guidance changes one on purpose.
+    """Both halves of `x` as the network sees them: `alpha * x0 + sigma * eps = x` unless a guidance changes one.
 
     Attributes:
       x0: estimate of the clean data, shape of `x`.
@@ -67,8 +67,8 @@ class Prediction(NamedTuple):
 class Denoiser(Protocol):
     """Any function `(x [B, ...], level) -> Prediction`; the level's fields are scalars or `[B]`.
 
-    It may carry an attribute `check(levels)` that raises `ValueError` for grids on which it is undefined; `sample` calls
-    it before the loop when the grid is concrete.
+    It may carry an attribute `check(levels)` that raises `ValueError` for grids on which it is undefined; `sample`
+    calls it before the loop when the grid is concrete.
     """
 
     def __call__(self, x: Array, level: Level) -> Prediction: ...

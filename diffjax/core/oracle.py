@@ -1,0 +1,222 @@
+"""Exact denoisers: distributions whose posterior mean, score, likelihood and probability flow are known.
+
+Use them as a network that is never wrong: `sample(heun(), Gaussian(mean, cov).denoise, x, levels)` has the solver's
+error and nothing else. Data are vectors [B, D] for `Gaussian` and `Mixture`, arrays of any shape for `Empirical`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.ode import odeint
+
+from diffjax.core.types import Array, Level, Prediction, expand
+
+
+def _split(x0, x, level):
+    return Prediction(x0, (x - expand(level.alpha, x) * x0) / expand(level.sigma, x))
+
+
+def _check_covariance(mean, cov):
+    mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
+    if cov.shape != mean.shape + mean.shape[-1:] or not np.allclose(cov, np.swapaxes(cov, -1, -2)):
+        expected = mean.shape + mean.shape[-1:]
+        raise ValueError(f"cov must be symmetric {expected} for a mean {mean.shape}, got {cov.shape}")
+    variances, basis = np.linalg.eigh(cov)
+    if np.any(variances < -1e-9 * np.abs(variances).max()):
+        raise ValueError(f"cov must be positive semi-definite; its smallest eigenvalue is {variances.min():.3g}")
+    return mean, np.maximum(variances, 0.0), basis
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """Data `N(mean, cov)`.
+
+    Attributes:
+      mean: [D].
+      cov: [D, D] symmetric positive semi-definite.
+
+    Raises:
+      ValueError: for any other shape or an indefinite covariance.
+    """
+
+    mean: np.ndarray
+    cov: np.ndarray
+
+    def __post_init__(self):
+        mean, variances, basis = _check_covariance(self.mean, self.cov)
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "cov", np.asarray(self.cov, np.float64))
+        object.__setattr__(self, "_variances", variances)
+        object.__setattr__(self, "_basis", basis)
+
+    def _whiten(self, x, level):
+        """Coordinates of `x - alpha mean` on the eigenvectors [B, D], and their variances at the level."""
+        z = (x - expand(level.alpha, x) * self.mean) @ self._basis
+        return z, expand(level.alpha, x) ** 2 * self._variances + expand(level.sigma, x) ** 2
+
+    def denoise(self, x: Array, level: Level) -> Prediction:
+        """`E[x0 | x]` and `E[eps | x]`, [B, D]: finite at alpha = 0 and at sigma = 0."""
+        z, variance = self._whiten(x, level)
+        alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
+        x0 = self.mean + (alpha * self._variances / variance * z) @ self._basis.T
+        return Prediction(x0, (sigma / variance * z) @ self._basis.T)
+
+    def score(self, x: Array, level: Level) -> Array:
+        """`d log p(x) / dx` at the level, [B, D]."""
+        z, variance = self._whiten(x, level)
+        return -(z / variance) @ self._basis.T
+
+    def logpdf(self, x: Array, level: Level) -> Array:
+        """`log p(x)` at the level in nats, [B]."""
+        z, variance = self._whiten(x, level)
+        variance = jnp.broadcast_to(variance, z.shape)
+        return -0.5 * jnp.sum(z**2 / variance + jnp.log(2 * jnp.pi * variance), axis=-1)
+
+    def posterior(self, x: Array, level: Level) -> tuple[Array, Array]:
+        """Mean [B, D] and covariance [D, D] of `x0 | x` at one level (scalar fields)."""
+        _, variance = self._whiten(x, level)
+        cov = (self._basis * (self._variances * level.sigma**2 / variance)) @ self._basis.T
+        return self.denoise(x, level).x0, cov
+
+    def flow(self, x: Array, start: Level, end: Level) -> Array:
+        """Where the probability-flow ODE carries `x` [B, D] from `start` to `end`, in closed form."""
+        z, variance = self._whiten(x, start)
+        end_variance = end.alpha**2 * self._variances + end.sigma**2
+        return end.alpha * self.mean + (jnp.sqrt(end_variance / variance) * z) @ self._basis.T
+
+    def sample(self, key: jax.Array, n: int) -> Array:
+        """Clean data [n, D]."""
+        z = jax.random.normal(key, (n, len(self.mean)), jnp.result_type(float))
+        return self.mean + (z * np.sqrt(self._variances)) @ self._basis.T
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Data from a mixture of Gaussians.
+
+    Attributes:
+      weights: [K] positive; normalised to sum to one.
+      means: [K, D].
+      covs: [K, D, D].
+
+    Raises:
+      ValueError: for other shapes, a weight that is not positive, or an indefinite covariance.
+    """
+
+    weights: np.ndarray
+    means: np.ndarray
+    covs: np.ndarray
+
+    def __post_init__(self):
+        means, variances, bases = _check_covariance(self.means, self.covs)
+        weights = np.asarray(self.weights, np.float64)
+        if weights.shape != means.shape[:1] or np.any(weights <= 0):
+            raise ValueError(f"weights must be positive [{len(means)}], got {weights}")
+        object.__setattr__(self, "weights", weights / weights.sum())
+        object.__setattr__(self, "means", means)
+        object.__setattr__(self, "covs", np.asarray(self.covs, np.float64))
+        object.__setattr__(self, "_variances", variances)
+        object.__setattr__(self, "_bases", bases)
+
+    def _whiten(self, x, level):
+        """Per component: coordinates [B, K, D] of `x - alpha mean` and their variances at the level."""
+        alpha, sigma = (expand(a, x[:, None]) for a in (level.alpha, level.sigma))
+        z = jnp.einsum("bkd,kde->bke", x[:, None] - alpha * self.means, self._bases)
+        return z, jnp.broadcast_to(alpha**2 * self._variances + sigma**2, z.shape)
+
+    def _log_joint(self, x, level):
+        z, variance = self._whiten(x, level)
+        return np.log(self.weights) - 0.5 * jnp.sum(z**2 / variance + jnp.log(2 * jnp.pi * variance), axis=-1)
+
+    def responsibilities(self, x: Array, level: Level) -> Array:
+        """`p(component | x)` at the level, [B, K]: the exact classifier of the mixture's components."""
+        return jax.nn.softmax(self._log_joint(x, level), axis=-1)
+
+    def denoise(self, x: Array, level: Level) -> Prediction:
+        """`E[x0 | x]` and `E[eps | x]`, [B, D]: finite at alpha = 0, and at sigma = 0 for full-rank components."""
+        z, variance = self._whiten(x, level)
+        weight = self.responsibilities(x, level)[..., None]
+        alpha, sigma = (expand(a, z) for a in (level.alpha, level.sigma))
+        x0 = self.means + jnp.einsum("bke,kde->bkd", alpha * self._variances / variance * z, self._bases)
+        eps = jnp.einsum("bke,kde->bkd", sigma / variance * z, self._bases)
+        return Prediction(jnp.sum(weight * x0, axis=1), jnp.sum(weight * eps, axis=1))
+
+    def score(self, x: Array, level: Level) -> Array:
+        """`d log p(x) / dx` at the level, [B, D]."""
+        z, variance = self._whiten(x, level)
+        per_component = jnp.einsum("bke,kde->bkd", z / variance, self._bases)
+        return -jnp.sum(self.responsibilities(x, level)[..., None] * per_component, axis=1)
+
+    def logpdf(self, x: Array, level: Level) -> Array:
+        """`log p(x)` at the level in nats, [B]."""
+        return jax.nn.logsumexp(self._log_joint(x, level), axis=-1)
+
+    def posterior(self, x: Array, level: Level) -> tuple[Array, Array, Array]:
+        """The mixture of `x0 | x` at one level: weights [B, K], means [B, K, D] and covariances [K, D, D]."""
+        z, variance = self._whiten(x, level)
+        means = self.means + jnp.einsum("bke,kde->bkd", level.alpha * self._variances / variance * z, self._bases)
+        shrunk = self._variances * level.sigma**2 / variance[0]
+        covs = jnp.einsum("kde,ke,kfe->kdf", self._bases, shrunk, self._bases)
+        return self.responsibilities(x, level), means, covs
+
+    def flow(self, x: Array, start: Level, end: Level, *, rtol: float = 1e-10) -> Array:
+        """Where the probability-flow ODE carries `x` [B, D], by Dormand-Prince in log-SNR; both levels finite.
+
+        Enable float64 (`jax_enable_x64`) for tolerances below 1e-6. It integrates `y = x / alpha` with
+        `dy / d(log s) = s eps`, `s = sigma / alpha`, which is the same for every schedule.
+        """
+
+        def velocity(y, log_s):
+            s = jnp.exp(log_s)
+            return s * self.denoise(y, Level(log_s, jnp.ones_like(s), s)).eps
+
+        log_s = jnp.log(jnp.stack([jnp.asarray(start.s), jnp.asarray(end.s)]).astype(x.dtype))
+        return end.alpha * odeint(velocity, x / start.alpha, log_s, rtol=rtol, atol=rtol)[-1]
+
+    def sample(self, key: jax.Array, n: int) -> tuple[Array, Array]:
+        """Clean data [n, D] and the component of each [n] int32."""
+        key_component, key_noise = jax.random.split(key)
+        component = jax.random.categorical(key_component, jnp.log(self.weights), shape=(n,))
+        z = jax.random.normal(key_noise, (n, self.means.shape[1]), jnp.result_type(float))
+        scaled = z * jnp.sqrt(self._variances)[component]
+        offset = jnp.einsum("bde,be->bd", jnp.asarray(self._bases)[component], scaled)
+        return jnp.asarray(self.means)[component] + offset, component
+
+
+@dataclass(frozen=True, eq=False)
+class Empirical:
+    """A finite data set as a distribution: its denoiser is the exact minimiser of every denoising loss on that set.
+
+    The lower bound of any network's training loss, and the model that has memorised everything.
+
+    Attributes:
+      data: [N, ...].
+      labels: [N] integers for the class-conditional denoiser, or None.
+    """
+
+    data: np.ndarray
+    labels: np.ndarray | None = None
+
+    def denoise(self, x: Array, level: Level, labels: Array | None = None) -> Prediction:
+        """The softmax-weighted mean of the data, [B, ...]; with `labels` [B], only over data of that label.
+
+        Needs sigma > 0. Memory is B * N floats.
+
+        Raises:
+          ValueError: if `labels` are given and the data set has none.
+        """
+        flat = jnp.asarray(self.data, x.dtype).reshape(len(self.data), -1)
+        y = x.reshape(len(x), -1)
+        alpha, sigma = (expand(jnp.asarray(a, x.dtype), y) for a in (level.alpha, level.sigma))
+        distance = jnp.sum(y**2, -1, keepdims=True) - 2 * alpha * (y @ flat.T) + alpha**2 * jnp.sum(flat**2, -1)
+        logits = -distance / (2 * sigma**2)
+        if labels is not None:
+            if self.labels is None:
+                raise ValueError("labels were given, but this Empirical was made without labels=")
+            logits = jnp.where(labels[:, None] == jnp.asarray(self.labels), logits, -jnp.inf)
+        x0 = (jax.nn.softmax(logits, axis=-1) @ flat).reshape(x.shape)
+        return _split(x0, x, level)
