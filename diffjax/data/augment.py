@@ -119,13 +119,13 @@ def warp(image: np.ndarray, matrix: np.ndarray, move: np.ndarray, fill: float) -
     row = np.clip(source[:, 0] + 2, 0, h + 2).astype(np.float32)
     col = np.clip(source[:, 1] + 2, 0, w + 2).astype(np.float32)
     padded = np.pad(image, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=fill).reshape(-1, c)
-    top, left = row.astype(np.int32), col.astype(np.int32)
+    top, left = np.floor(row), np.floor(col)
     down, right = (row - top)[..., None], (col - left)[..., None]
-    corner = (np.arange(n)[:, None] * (h + 4) + top) * (w + 4) + left
+    corner = (np.arange(n)[:, None] * (h + 4) + top.astype(np.int64)) * (w + 4) + left.astype(np.int64)
     at = lambda offset: padded.take(corner + offset, axis=0)
-    upper = at(0) * (1 - right) + at(1) * right
-    lower = at(w + 4) * (1 - right) + at(w + 5) * right
-    return (upper * (1 - down) + lower * down).reshape(image.shape)
+    upper = at(0) + right * (at(1) - at(0))
+    lower = at(w + 4) + right * (at(w + 5) - at(w + 4))
+    return (upper + down * (lower - upper)).reshape(image.shape)
 
 
 def _matrix(angle: np.ndarray, scales: np.ndarray, shears: np.ndarray) -> np.ndarray:
