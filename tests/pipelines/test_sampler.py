@@ -1,0 +1,175 @@
+"""Compiled samplers against the exact Gaussian: noise per seed, padded grids, guidance where asked, counted costs."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax.core import EDM, V, expand
+from diffjax.core.types import Level, Model
+from diffjax.pipelines import sampler
+from diffjax.pipelines.sampler import Settings
+
+STD = 0.3
+SHAPE = (2, 2, 1)
+
+
+class FakeData(NamedTuple):
+    shape: tuple
+    num_classes: int
+
+
+class FakeRun(NamedTuple):
+    dataset: FakeData
+    schedule: object
+    head: object
+    model: object
+
+
+def mean_of(y):
+    """Class c has the mean (c - 1) / 4 in every pixel, the null class (all three pooled) the mean 0."""
+    return jnp.where(y == 3, 0.0, (y - 1) / 4)
+
+
+def exact_network(x, t, y):
+    """The v of the exact posterior mean of N(mean_of(y), STD^2); EDM's time is log(sigma) / 4, alpha is 1."""
+    sigma = expand(jnp.exp(4 * t), x)
+    mean = 0.0 if y is None else expand(mean_of(y), x)
+    x0 = mean + STD**2 / (STD**2 + sigma**2) * (x - mean)
+    return (x - x0) / sigma - sigma * x0
+
+
+@pytest.fixture
+def run():
+    model = Model(lambda key: {}, lambda params, x, t, y=None: exact_network(x, t, y), {})
+    return FakeRun(FakeData(SHAPE, 3), EDM(), V, model)
+
+
+def test_samples_have_the_mean_and_std_of_their_class(run):
+    draw = sampler.make_sampler(run, steps=40)
+    labels = jnp.repeat(jnp.arange(3), 1000)
+    x0 = draw({}, sampler.keys_of(np.arange(3000)), labels)
+    assert x0.shape == (3000, *SHAPE) and x0.dtype == jnp.float32
+    for c in range(3):
+        values = np.asarray(x0[c * 1000 : (c + 1) * 1000]).ravel()
+        # 4000 values: standard errors 0.0047 of the mean and 0.0034 of the std; x0 is clipped to [-1, 1] at 2.5 std.
+        assert abs(values.mean() - (c - 1) / 4) < 0.02 and abs(values.std() - STD) < 0.02
+
+
+def test_a_seed_gives_the_same_noise_alone_and_in_a_batch(run):
+    draw = sampler.make_sampler(run, solver="ddim(eta=1.0)", steps=5, trace=lambda info: info.x)
+    seeds, labels = np.array([7, 4000000000, 9, 1, 3]), np.array([0, 1, 2, 0, 1])
+    x0, states = draw({}, sampler.keys_of(seeds), jnp.asarray(labels))
+    for i in (1, 4):
+        alone, path = draw({}, sampler.keys_of(seeds[i : i + 1]), jnp.asarray(labels[i : i + 1]))
+        np.testing.assert_array_equal(path[0, 0], states[0, i])
+        # Other batch sizes may round differently, by a few units of float32 at sigma = 40.
+        np.testing.assert_allclose(alone[0], x0[i], atol=1e-5)
+
+
+def test_the_solver_does_not_reuse_the_noise_of_the_start(run):
+    """One step of the SDE to a middle level from the exact mean: what it adds must not correlate with the start."""
+    grid = Level(*(np.array(a) for a in ([0.0, -0.2], [1.0, 1.0], [1.0, math.exp(-0.8)])))
+    draw = sampler.compile_sampler(run, Settings(solver="ddim(eta=1.0)"), trace=lambda i: (i.x, i.prediction.x0))
+    x, (start, x0) = draw({}, sampler.keys_of(np.arange(2000)), jnp.ones(2000, jnp.int32), grid, 1.0)
+    start, residual = np.ravel(start[0]), np.ravel(x)
+    kept = np.polyfit(np.ravel(start), residual, 1)
+    added = residual - np.polyval(kept, start)
+    # DDPM's posterior between s = 1 and s' keeps s'^2 / s^2 of eps and draws the rest: std s' sqrt(1 - s'^2).
+    expected = math.exp(-0.8) * math.sqrt(1 - math.exp(-1.6))
+    assert abs(added.std() - expected) < 4 * expected / math.sqrt(2 * 8000)
+
+
+@pytest.mark.parametrize("solver", ["heun()", "dpmpp_2m()"])
+def test_a_padded_grid_gives_the_same_samples_and_costs(run, solver):
+    settings = Settings(solver=solver, steps=6, guidance=1.5, interval=(0.1, 3.0))
+    draw = sampler.compile_sampler(run, settings)
+    keys, labels = sampler.keys_of(np.arange(8)), jnp.arange(8) % 3
+    plain = draw({}, keys, labels, sampler.grid(run, settings), 1.5)
+    padded = draw({}, keys, labels, sampler.grid(run, settings, length=17), 1.5)
+    # The same operations in two programs: float32 rounding of states of up to 40.
+    np.testing.assert_allclose(padded, plain, atol=2e-5)
+    assert sampler.cost(run, settings) == sampler.cost(run, settings, length=17)
+
+
+def test_padding_shares_one_compilation(run):
+    settings = Settings(solver="dpmpp_2m()")
+    draw = sampler.compile_sampler(run, settings, guided=True)
+    keys, labels = sampler.keys_of(np.arange(4)), jnp.zeros(4, jnp.int32)
+    for steps, scale in ((3, 0.0), (5, 2.0), (9, 4.0)):
+        draw({}, keys, labels, sampler.grid(run, settings._replace(steps=steps), length=9), scale)
+    assert draw._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "calls"), [("dpmpp_2m()", 7, 7), ("heun()", 18, 35)]
+)
+def test_cost_without_guidance_is_the_papers_count(run, solver, steps, calls):
+    assert sampler.cost(run, Settings(solver=solver, steps=steps)) == (steps, calls, calls)
+
+
+def test_cost_with_an_interval_counts_each_guided_level_twice(run):
+    settings = Settings(steps=20, guidance=1.15, interval=(0.1, 3.0))
+    s = sampler.grid(run, settings).s[:-1]
+    inside = int(((s > 0.1) & (s <= 3.0)).sum())
+    assert 0 < inside < 20
+    assert sampler.cost(run, settings) == (20, 20, 20 + inside)
+    assert sampler.cost(run, settings._replace(interval=(0.0, math.inf))) == (20, 20, 40)
+
+
+def test_guidance_moves_the_mean_as_the_gaussian_says(run):
+    """Both x0 are affine in x with one slope, so scale w samples the Gaussian of mean `w mean(c)` exactly."""
+    keys, labels = sampler.keys_of(np.arange(1000)), jnp.full(1000, 2)
+    settings = Settings(steps=40)
+    draw, levels = sampler.compile_sampler(run, settings, guided=True), sampler.grid(run, settings)
+    for scale in (0.0, 0.5, 1.0, 2.0):
+        x0 = draw({}, keys, labels, levels, scale)
+        # 4000 values: standard error 0.005; clipping at 1 moves the mean of N(0.5, 0.3^2) by -0.006.
+        assert abs(float(x0.mean()) - scale * 0.25) < 0.025
+
+
+def test_scale_one_is_the_plain_model_and_an_interval_without_levels_too(run):
+    keys, labels = sampler.keys_of(np.arange(4)), jnp.arange(4) % 3
+    plain = sampler.make_sampler(run, steps=5)({}, keys, labels)
+    outside = sampler.make_sampler(run, steps=5, guidance=3.0, interval=(50.0, 60.0))({}, keys, labels)
+    np.testing.assert_allclose(outside, plain, atol=1e-6)
+
+
+def test_a_model_without_classes_is_sampled_with_any_guidance(run):
+    unlabelled = run._replace(dataset=FakeData(SHAPE, 0))
+    seen = []
+    model = Model(run.model.init, lambda p, x, t, y=None: (seen.append(y), exact_network(x, t, y))[1], {})
+    draw = sampler.make_sampler(unlabelled._replace(model=model), steps=3, guidance=2.0)
+    assert draw({}, sampler.keys_of([0]), jnp.zeros(1, jnp.int32)).shape == (1, *SHAPE)
+    assert set(seen) == {None}
+    assert sampler.cost(unlabelled, Settings(steps=3, guidance=2.0)) == (3, 3, 3)
+
+
+def test_batches_of_one_size_join_to_all_samples():
+    sizes = []
+
+    def draw(keys, labels):
+        sizes.append(len(keys))
+        return {"label": labels, "bits": jax.vmap(lambda k: jax.random.bits(k))(keys)}
+
+    seeds = np.arange(10, 21)
+    out = sampler.in_batches(draw, seeds, seeds % 3, batch_size=4)
+    assert sizes == [4, 4, 4]
+    np.testing.assert_array_equal(out["label"], seeds % 3)
+    np.testing.assert_array_equal(out["bits"], [jax.random.bits(jax.random.key(s)) for s in range(10, 21)])
+
+
+def test_settings_take_overrides_and_refuse_nonsense(run):
+    chosen = sampler.settings_of({"solver": "heun()", "steps": 9, "guidance": 2}, steps=None, guidance=1.5)
+    assert chosen == Settings("heun()", 9, "karras(s_max=40.0)", 1.5, (0.0, math.inf))
+    with pytest.raises(ValueError, match="finite scale"):
+        sampler.settings_of(Settings(), guidance=math.nan)
+    with pytest.raises(ValueError, match="0 <= lo < hi"):
+        sampler.settings_of(Settings(), interval=(3.0, 0.1))
+    with pytest.raises(ValueError, match="did you mean 'dpmpp_2m'"):
+        sampler.make_sampler(run, solver="dpmpp2m()")
+    with pytest.raises(ValueError, match=r"2\*\*32"):
+        sampler.keys_of([-1])
