@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -42,20 +43,22 @@ def loss_curves(metrics: Mapping, *, title: str = "Training loss") -> Figure:
     """A figure of the training loss against steps, whole and, where recorded, per band of noise.
 
     Args:
-      metrics: `{name: (steps, values)}` as `read_metrics` returns it; `loss` and every `loss/...` are drawn.
+      metrics: `{name: (steps, values)}` as `read_metrics` returns it; `loss` and every band,
+        `loss_logsnr[lo,hi]`, are drawn; an end that is missing is an open band.
       title: the heading.
 
     Raises:
       ValueError: where no loss was recorded.
     """
-    names = [name for name in metrics if name == "loss" or name.startswith("loss/")]
+    names = [name for name in metrics if name == "loss" or name.startswith("loss_logsnr[")]
     if not names:
         raise ValueError(f"no 'loss' among the metrics: {', '.join(metrics) or 'none'}")
-    bands = [name for name in names if name != "loss"]
-    figure, axes = _axes(760, 440, title, "training step", "loss")
-    shades = [COLOURS[i % len(COLOURS)] for i in range(len(bands))]
-    for name, colour in zip(bands, shades, strict=True):
-        axes.plot(*metrics[name], color=colour, lw=1.3, label=name.removeprefix("loss/"))
+    bands = sorted((name for name in names if name != "loss"), key=lambda name: _band(name)[0])
+    figure, axes = _axes(820, 460, title, "training step", "loss")
+    # Bands are ordered, so their colours run through a scale.
+    shades = colormaps["viridis"](np.linspace(0.05, 0.9, max(len(bands), 1)))
+    for name, colour in zip(bands, shades, strict=False):
+        axes.plot(*metrics[name], color=colour, lw=1.1, label=_band(name)[1])
     if "loss" in metrics:
         axes.plot(*metrics["loss"], color=INK, lw=2.0, label="all levels" if bands else "loss")
     if all(np.all(metrics[name][1] > 0) for name in names):
@@ -115,6 +118,14 @@ def _axes(width, height, title, xlabel, ylabel):
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes
+
+
+def _band(name: str) -> tuple[float, str]:
+    """Where the band `loss_logsnr[lo,hi]` begins, and what it is called."""
+    lo, hi = name.removeprefix("loss_logsnr[").removesuffix("]").split(",")
+    if not lo:
+        return -np.inf, f"log-SNR below {hi}"
+    return float(lo), f"log-SNR {lo} to {hi}" if hi else f"log-SNR above {lo}"
 
 
 def _legend(axes, count):

@@ -29,11 +29,12 @@ def test_a_broken_line_in_the_middle_raises(tmp_path):
 
 def test_loss_figure_holds_one_line_per_band():
     steps = np.arange(10)
-    metrics = {"loss": (steps, 1.0 + steps), "loss/low": (steps, 2.0 + steps), "lr": (steps, steps)}
+    metrics = {"loss": (steps, 1.0 + steps), "loss_logsnr[-2,0]": (steps, 2.0 + steps), "lr": (steps, steps)}
+    metrics |= {"loss_logsnr[,-2]": (steps, 3.0 + steps), "loss_logsnr[0,]": (steps, 1.5 + steps)}
     axes = viz.loss_curves(metrics).axes[0]
     drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
-    assert sorted(drawn) == ["all levels", "low"]
-    np.testing.assert_array_equal(drawn["low"], 2.0 + steps)
+    assert list(drawn) == ["log-SNR below -2", "log-SNR -2 to 0", "log-SNR above 0", "all levels"]
+    np.testing.assert_array_equal(drawn["log-SNR -2 to 0"], 2.0 + steps)
     with pytest.raises(ValueError, match="no 'loss' among the metrics: lr"):
         viz.loss_curves({"lr": metrics["lr"]})
 
