@@ -1,0 +1,75 @@
+"""Checks of a network's settings and inputs on static facts, with messages that name the nearest valid choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+
+from diffjax.nn import TIME_EMBEDS, Functional
+from diffjax.registry import nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_common(kind: str, shape, num_classes: int, dropout: float, dtype: str, time_embed: str, waves: int) -> None:
+    """Raises `ValueError` for what no network can be built from: these settings are common to all of them."""
+    if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"{kind}: shape={tuple(shape)}: expected (height, width, channels), three positive integers")
+    check_least(kind, 0, num_classes=num_classes)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{kind}: dropout={dropout}: expected a rate in [0, 1)")
+    check_name(kind, "dtype", dtype, DTYPES)
+    check_name(kind, "time_embed", time_embed, TIME_EMBEDS)
+    if waves < 2 or waves % 2:
+        raise ValueError(f"{kind}: {waves} channels for the time embedding: expected a positive even number")
+
+
+def check_least(kind: str, least: int, **settings: int) -> None:
+    """Raises `ValueError` for a setting that is not an integer of at least `least`."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{kind}: {name}={value!r}: expected an integer >= {least}")
+
+
+def check_name(kind: str, setting: str, value: str, known: Iterable[str]) -> None:
+    """Raises `ValueError` for an unknown name, with the nearest known one."""
+    if value not in known:
+        hint = nearest(str(value), known)
+        raise ValueError(f"{kind}: {setting}={value!r}: known: {', '.join(known)}{hint}")
+
+
+def check_divides(kind: str, part: str, value: int, whole: str, *totals: int) -> None:
+    """Raises `ValueError` unless `value` divides every one of `totals`; the message names the nearest that does."""
+    if all(total % value == 0 for total in totals):
+        return
+    valid = [n for n in range(1, min(totals) + 1) if all(total % n == 0 for total in totals)]
+    best = min(valid, key=lambda n: (abs(n - value), n))
+    given = ", ".join(map(str, dict.fromkeys(totals)))
+    raise ValueError(f"{kind}: {part}={value} does not divide {whole} {given}; the nearest that does is {part}={best}")
+
+
+def check_inputs(kind: str, shape: tuple[int, ...], x, t, y) -> None:
+    """Raises `ValueError` unless `x [B, *shape]`, `t [B]` and `y [B]` or None."""
+    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(shape):
+        raise ValueError(f"{kind}: x has shape {tuple(x.shape)}; this network was built for [B, {_csv(shape)}]")
+    for name, value in (("t", t), ("y", y)):
+        if value is not None and tuple(jnp.shape(value)) != (x.shape[0],):
+            raise ValueError(f"{kind}: {name} has shape {tuple(jnp.shape(value))}; expected one per sample, [{len(x)}]")
+    if y is not None and not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"{kind}: y has dtype {y.dtype}; expected integer class labels")
+
+
+def network(kind: str, shape: tuple[int, ...], module: Functional) -> tuple:
+    """`(init, apply)` of a network: `apply(params, x, t, y=None, *, key=None)` with its inputs checked."""
+
+    def apply(params: dict, x, t, y=None, *, key=None, method: str | None = None) -> Any:
+        check_inputs(kind, shape, x, t, y)
+        return module.apply(params, x, t, y, key=key, method=method)
+
+    return module.init, apply
+
+
+def _csv(values) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,125 @@
+"""The diffusion transformer: patches, adaLN-Zero blocks, a linear head.
+
+Peebles & Xie 2023, "Scalable Diffusion Models with Transformers", arXiv:2212.09748.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffjax.core.types import Model
+from diffjax.models.checks import check_common, check_divides, check_least, network
+from diffjax.nn import Condition, DiTBlock, functional, layer_norm, modulate, modulation, sincos_2d
+
+WAVES = 256  # channels of the time's sinusoids, whatever the width (DiT's TimestepEmbedder)
+RULES = (
+    (r"^blocks/.*(modulation|qkv|up)/kernel$", (None, "fsdp", "tensor")),
+    (r"^blocks/.*(out|down)/kernel$", (None, "tensor", "fsdp")),
+    (r"^(inp|modulation|cond/hidden|cond/out)/kernel$", ("fsdp", "tensor")),
+    (r"^out/kernel$", ("fsdp", None)),
+    (r"(^|/)embedding$", (None, "fsdp")),
+    (r"(^|/)bias$", ()),
+)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """`[B, H, W, C] -> [B, (H / patch) (W / patch), patch * patch * C]`; patches and the pixels in them row major."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
+
+
+def unpatchify(x: jax.Array, patch: int, shape: tuple[int, int, int]) -> jax.Array:
+    """The inverse of `patchify` for images of `shape`."""
+    h, w, c = shape
+    x = x.reshape(len(x), h // patch, w // patch, patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(x), h, w, c)
+
+
+class DiT(nnx.Module):
+    """The module of `dit`; the parameters of all blocks are stacked along their first axis."""
+
+    def __init__(self, shape, num_classes, patch, width, depth, heads, hidden, dropout, dtype, time, loop, rngs):
+        xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros_init()
+        pixels = patch * patch * shape[-1]
+        self.cond = Condition(width, num_classes, **time, dtype=dtype, rngs=rngs)
+        self.inp = nnx.Linear(pixels, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        settings = dict(dropout_rate=dropout, dtype=dtype)
+        keys = jax.random.split(rngs.params(), depth)
+        self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **settings, rngs=nnx.Rngs(k)))(keys)
+        self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(width, pixels, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.patch, self.shape, self.width, self.depth = patch, tuple(shape), width, depth
+        self.scan, self.remat = loop
+
+    def __call__(self, x, t, y, *, key=None):
+        cond = nnx.silu(self.cond(t, y))
+        height, breadth, _ = self.shape
+        h = self.inp(patchify(x, self.patch))
+        h = h + jnp.asarray(sincos_2d(height // self.patch, breadth // self.patch, self.width), h.dtype)
+        h = self._run(h, cond, key)
+        shift, scale = jnp.split(self.modulation(cond), 2, axis=-1)
+        out = self.out(modulate(layer_norm(h), shift, scale))
+        return unpatchify(out, self.patch, self.shape).astype(jnp.float32)
+
+    def _run(self, h, cond, key):
+        def body(h, block_and_index):
+            block, i = block_and_index
+            return block(h, cond, None if key is None else jax.random.fold_in(key, i)), None
+
+        if self.remat:
+            # Inside a scan nothing can be merged across the barrier, so the costly prevention is not needed.
+            body = jax.checkpoint(body, prevent_cse=not self.scan)
+        indices = jnp.arange(self.depth)
+        if self.scan:
+            return jax.lax.scan(body, h, (self.blocks, indices))[0]
+        for i in range(self.depth):
+            h, _ = body(h, (jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks), indices[i]))
+        return h
+
+
+def dit(
+    *, shape: tuple[int, int, int], num_classes: int = 0, patch: int = 2, width: int = 384, depth: int = 12,
+    heads: int = 6, mlp_ratio: float = 4.0, dropout: float = 0.0, dtype: str = "float32",
+    time_embed: str = "sinusoidal", time_scale: float = 1000.0, scan: bool = True, remat: bool = False,
+) -> Model:  # fmt: skip
+    """DiT (arXiv:2212.09748) with adaLN-Zero; its output starts at zero.
+
+    Args:
+      shape: `(H, W, C)` of the images or latents.
+      num_classes: 0 for an unconditional network, whose `y` is ignored.
+      patch: side of a patch; divides H and W.
+      width, depth, heads: of the transformer; `heads` divides `width`, `width` is a multiple of 4.
+      mlp_ratio: hidden width of a perceptron over `width`.
+      dropout: rate on both branches of a block, in calls with a key (the paper has none).
+      dtype: of the computation: "float32", "bfloat16" or "float16"; parameters are float32.
+      time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
+      scan: run the blocks in a `lax.scan`, which compiles in a time that does not grow with the depth; False unrolls.
+      remat: recompute a block's activations in the backward pass instead of keeping them.
+
+    Returns:
+      A `Model`: `apply(params, x [B, H, W, C], t [B], y [B] int or None, *, key=None) -> [B, H, W, C] float32`. Without
+      labels, or with `y == num_classes`, the network is unconditional; a key turns dropout on.
+
+    Raises:
+      ValueError: for settings that make no network.
+    """
+    config = dict(locals(), name="dit", shape=tuple(shape))
+    check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
+    check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)
+    check_divides("dit", "patch", patch, "the image sides", shape[0], shape[1])
+    check_divides("dit", "heads", heads, "the width", width)
+    if width % 4:
+        best = max(4, 4 * round(width / 4))
+        raise ValueError(f"dit: width={width}: 2-D positions need a multiple of 4; the nearest is width={best}")
+    hidden = math.floor(mlp_ratio * width)
+    if hidden < 1:
+        raise ValueError(f"dit: mlp_ratio={mlp_ratio}: expected a positive number such as 4.0")
+    time = dict(waves=WAVES, time_embed=time_embed, time_scale=time_scale)
+    rest = (patch, width, depth, heads, hidden, dropout, jnp.dtype(dtype), time, (scan, remat))
+    module = functional(lambda rngs: DiT(shape, num_classes, *rest, rngs))
+    return Model(*network("dit", tuple(shape), module), config=config, rules=RULES)

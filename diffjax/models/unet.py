@@ -1,0 +1,154 @@
+"""The U-Net of ADM: adaptive group normalisation, resampling inside residual blocks, attention at chosen resolutions.
+
+Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233, section 3.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffjax.core.types import Model
+from diffjax.models.checks import check_common, check_divides, check_least, network
+from diffjax.nn import Condition, GroupNorm, PixelAttention, ResBlock, conv, functional
+
+# First match wins: the projections of attention and condition are matrices, the other `inp` and `out` are convolutions.
+RULES = (
+    (r"/attention/out/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)(qkv|film)/kernel$", ("fsdp", "tensor")),
+    (r"^cond/(hidden|out)/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)(conv1|conv2|skip|inp|out)/kernel$", (None, None, "fsdp", "tensor")),
+    (r"(^|/)embedding$", (None, "fsdp")),
+    (r"(^|/)(bias|scale)$", ()),
+)
+
+
+class UNet(nnx.Module):
+    """The module of `unet`: `enc`, `mid` and `dec` hold blocks under names such as `8x8_block0`."""
+
+    def __init__(self, shape, num_classes, widths, blocks, attention, head_width, groups, dropout, dtype, time, rngs):
+        base, cond_width = widths[0], 4 * widths[0]
+        settings = dict(groups=groups, dtype=dtype, rngs=rngs)
+
+        def block(channels_in, channels_out, resample=None):
+            return ResBlock(
+                channels_in, channels_out, cond_width=cond_width, dropout_rate=dropout, resample=resample, **settings
+            )
+
+        def attend(channels):
+            return PixelAttention(channels, channels // head_width, **settings)
+
+        self.cond = Condition(cond_width, num_classes, **time, dtype=dtype, rngs=rngs)
+        self.inp = conv(shape[-1], base, dtype=dtype, rngs=rngs)
+        enc, dec, skips, channels = {}, {}, [base], base
+        sizes = [f"{shape[0] >> i}x{shape[1] >> i}" for i in range(len(widths))]
+        for i, (size, width) in enumerate(zip(sizes, widths, strict=True)):
+            if i:
+                enc[f"{size}_down"] = block(channels, channels, "down")
+                skips.append(channels)
+            for j in range(blocks):
+                enc[f"{size}_block{j}"] = block(channels, width)
+                channels = width
+                if shape[0] >> i in attention:
+                    enc[f"{size}_attention{j}"] = attend(width)
+                skips.append(width)
+        middle = block(channels, channels), attend(channels), block(channels, channels)
+        self.mid = nnx.Dict(block0=middle[0], attention=middle[1], block1=middle[2])
+        for i, (size, width) in reversed(list(enumerate(zip(sizes, widths, strict=True)))):
+            for j in range(blocks + 1):
+                dec[f"{size}_block{j}"] = block(channels + skips.pop(), width)
+                channels = width
+                if shape[0] >> i in attention:
+                    dec[f"{size}_attention{j}"] = attend(width)
+            if i:
+                dec[f"{size}_up"] = block(channels, channels, "up")
+        self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
+        # The order of the blocks is a fact of the architecture; dictionaries of parameters are sorted by name.
+        self.order = (tuple(enc), tuple(dec))
+        self.norm = GroupNorm(base, groups)
+        self.out = conv(base, shape[-1], zero=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, t, y, *, key=None):
+        count = iter(range(1 << 16))
+
+        def run(block, h):
+            if isinstance(block, PixelAttention):
+                return block(h)
+            return block(h, cond, None if key is None else jax.random.fold_in(key, next(count)))
+
+        cond = nnx.silu(self.cond(t, y))
+        h = self.inp(x)
+        skips = [h]
+        for name in self.order[0]:
+            if "attention" in name:
+                skips.pop()
+            h = run(self.enc[name], h)
+            skips.append(h)
+        for name in ("block0", "attention", "block1"):
+            h = run(self.mid[name], h)
+        for name in self.order[1]:
+            h = run(self.dec[name], jnp.concatenate([h, skips.pop()], -1) if "block" in name else h)
+        return self.out(nnx.silu(self.norm(h))).astype(jnp.float32)
+
+
+def unet(
+    *, shape: tuple[int, int, int], num_classes: int = 0, width: int = 128, mults: tuple[int, ...] = (1, 2, 2, 2),
+    blocks: int = 2, attention: tuple[int, ...] = (16,), head_width: int = 64, groups: int = 32, dropout: float = 0.0,
+    dtype: str = "float32", time_embed: str = "sinusoidal", time_scale: float = 1000.0,
+) -> Model:  # fmt: skip
+    """ADM's U-Net (arXiv:2105.05233, section 3); its output starts at zero.
+
+    Args:
+      shape: `(H, W, C)` of the images; both sides divisible by `2 ** (len(mults) - 1)`.
+      num_classes: 0 for an unconditional network, whose `y` is ignored.
+      width, mults: the levels, finest first, have `width * mult` channels.
+      blocks: residual blocks a level on the way down; one more on the way up.
+      attention: heights of the feature maps that get attention; the coarsest map has it in the middle in any case.
+      head_width: channels of one attention head.
+      groups: of the group normalisation.
+      dropout: rate inside the residual blocks, in calls with a key.
+      dtype: of the computation: "float32", "bfloat16" or "float16"; parameters are float32.
+      time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
+
+    Returns:
+      A `Model`: `apply(params, x [B, H, W, C], t [B], y [B] int or None, *, key=None) -> [B, H, W, C] float32`. Without
+      labels, or with `y == num_classes`, the network is unconditional; a key turns dropout on.
+
+    Raises:
+      ValueError: for settings that make no network.
+    """
+    config = dict(locals(), name="unet", shape=tuple(shape), mults=tuple(mults), attention=tuple(attention))
+    check_common("unet", shape, num_classes, dropout, dtype, time_embed, width)
+    check_least("unet", 1, width=width, blocks=blocks, head_width=head_width, groups=groups)
+    _check_levels(shape, width, mults, attention, head_width, groups)
+    widths = tuple(width * mult for mult in mults)
+    time = dict(waves=width, time_embed=time_embed, time_scale=time_scale)
+    rest = (blocks, attention, head_width, groups, dropout, jnp.dtype(dtype), time)
+    module = functional(lambda rngs: UNet(shape, num_classes, widths, *rest, rngs))
+    return Model(*network("unet", tuple(shape), module), config=config, rules=RULES)
+
+
+def _check_levels(shape, width, mults, attention, head_width, groups) -> None:
+    if not mults:
+        raise ValueError("unet: mults=(): expected a factor of the width for each level, such as (1, 2, 2)")
+    for mult in mults:
+        check_least("unet", 1, mults=mult)
+    height, breadth, _ = shape
+    factor = 2 ** (len(mults) - 1)
+    if height % factor or breadth % factor:
+        most = next(n for n in reversed(range(len(mults))) if height % 2**n == 0 and breadth % 2**n == 0) + 1
+        raise ValueError(
+            f"unet: {len(mults)} levels need sides divisible by {factor}, got {height}x{breadth}; "
+            f"use at most {most} mults"
+        )
+    heights = [height >> i for i in range(len(mults))]
+    for resolution in attention:
+        if resolution not in heights:
+            best = min(heights, key=lambda h: abs(h - resolution))
+            raise ValueError(
+                f"unet: attention at {resolution}, but the feature maps have heights {heights}; did you mean {best}?"
+            )
+    check_divides("unet", "groups", groups, "the channels", *(width * mult for mult in mults))
+    attended = [width * m for m, h in zip(mults, heights, strict=True) if h in attention] + [width * mults[-1]]
+    check_divides("unet", "head_width", head_width, "the channels", *attended)

@@ -1,0 +1,56 @@
+"""Residual blocks that a condition modulates through the layer normalisation (adaLN-Zero)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffjax.nn.attention import SelfAttention
+from diffjax.nn.norm import dropout, layer_norm, modulate
+
+_zeros = nnx.initializers.zeros_init()
+_xavier = nnx.initializers.xavier_uniform()
+
+
+def modulation(cond_width: int, width: int, parts: int, *, dtype, rngs) -> nnx.Linear:
+    """The zero-initialised map from an activated condition to `parts` vectors of `width`, concatenated."""
+    return nnx.Linear(cond_width, parts * width, kernel_init=_zeros, dtype=dtype, rngs=rngs)
+
+
+class MLPBlock(nnx.Module):
+    """`x + gate * perceptron(modulated layer norm of x)` for `x [B, ..., C]`, the identity at first."""
+
+    def __init__(
+        self, width: int, hidden: int, *, cond_width: int, dropout_rate: float = 0.0, activation=nnx.gelu, dtype, rngs
+    ):
+        self.modulation = modulation(cond_width, width, 3, dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(width, hidden, kernel_init=_xavier, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(hidden, width, kernel_init=_xavier, dtype=dtype, rngs=rngs)
+        self.dropout_rate, self.activation = dropout_rate, activation
+
+    def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        shift, scale, gate = jnp.split(self.modulation(cond), 3, axis=-1)
+        h = self.activation(self.up(modulate(layer_norm(x), shift, scale)))
+        h = self.down(dropout(h, self.dropout_rate, key))
+        return x + h * gate.reshape((len(x),) + (1,) * (x.ndim - 2) + (-1,))
+
+
+class DiTBlock(nnx.Module):
+    """The adaLN-Zero block of DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3.2) on tokens `x [B, T, C]`.
+
+    Attention, then a perceptron; each normalised, modulated and gated by `cond [B, cond_width]`. The identity at first.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, *, dropout_rate: float = 0.0, dtype, rngs):
+        self.modulation = modulation(width, width, 3, dtype=dtype, rngs=rngs)
+        self.attention = SelfAttention(width, heads, dtype=dtype, rngs=rngs)
+        self.mlp = MLPBlock(width, hidden, cond_width=width, dropout_rate=dropout_rate, dtype=dtype, rngs=rngs)
+        self.dropout_rate = dropout_rate
+
+    def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        keys = (None, None) if key is None else jax.random.split(key)
+        shift, scale, gate = jnp.split(self.modulation(cond), 3, axis=-1)
+        h = self.attention(modulate(layer_norm(x), shift, scale))
+        x = x + gate[:, None] * dropout(h, self.dropout_rate, keys[0])
+        return self.mlp(x, cond, keys[1])

@@ -1,0 +1,61 @@
+"""Convolutions, resampling, and the residual block of ADM."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffjax.nn.norm import GroupNorm, dropout
+
+
+def conv(channels_in: int, channels_out: int, size: int = 3, *, zero: bool = False, dtype, rngs) -> nnx.Conv:
+    """A `size` x `size` convolution NHWC -> NHWC of the same height and width; `zero` starts it at zero."""
+    init = nnx.initializers.zeros_init() if zero else nnx.initializers.lecun_normal()
+    kernel = (size, size)
+    return nnx.Conv(channels_in, channels_out, kernel, padding="SAME", kernel_init=init, dtype=dtype, rngs=rngs)
+
+
+def halve(x: jax.Array) -> jax.Array:
+    """Means of 2 x 2 pixels: `[B, H, W, C] -> [B, H/2, W/2, C]`, H and W even."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def double(x: jax.Array) -> jax.Array:
+    """Every pixel four times: `[B, H, W, C] -> [B, 2H, 2W, C]`."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+class ResBlock(nnx.Module):
+    """ADM's residual block with adaptive group normalisation and resampling inside (arXiv:2105.05233, section 3).
+
+    Args:
+      resample: "up", "down" or None; applied to both branches between the first normalisation and convolution.
+      dropout_rate: before the second convolution, only in calls that are given a key.
+
+    The second convolution starts at zero, so the block starts as its skip connection.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, *, cond_width: int, groups: int, dropout_rate: float = 0.0,
+        resample: str | None = None, dtype, rngs,
+    ):  # fmt: skip
+        self.norm1 = GroupNorm(channels_in, groups)
+        self.conv1 = conv(channels_in, channels_out, dtype=dtype, rngs=rngs)
+        self.film = nnx.Linear(cond_width, 2 * channels_out, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(channels_out, groups)
+        self.conv2 = conv(channels_out, channels_out, zero=True, dtype=dtype, rngs=rngs)
+        self.skip = conv(channels_in, channels_out, 1, dtype=dtype, rngs=rngs) if channels_in != channels_out else None
+        self.dropout_rate, self.resample = dropout_rate, resample
+
+    def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """`x [B, H, W, C_in]` and the activated condition `cond [B, cond_width]` to `[B, H', W', C_out]`."""
+        resample = {"up": double, "down": halve, None: lambda a: a}[self.resample]
+        h = self.conv1(resample(nnx.silu(self.norm1(x))))
+        scale, shift = jnp.split(self.film(cond), 2, axis=-1)
+        h = nnx.silu(self.norm2(h, shift, scale))
+        h = self.conv2(dropout(h, self.dropout_rate, key))
+        x = resample(x)
+        return h + (x if self.skip is None else self.skip(x))

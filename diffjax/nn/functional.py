@@ -1,0 +1,89 @@
+"""A Flax NNX module as a pair of pure functions over a plain nested dict of arrays.
+
+Nothing outside `diffjax.nn` and `diffjax.models` sees an NNX object: losses, samplers and optimisers get dicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.tree_util import tree_flatten_with_path
+
+
+class Functional(NamedTuple):
+    """A module without its state.
+
+    Attributes:
+      init: `(key) -> params`, a nested dict of float32 arrays with string keys; jittable.
+      apply: `(params, *inputs, method=None, **settings) -> out`; `method` names another method of the module. Raises
+        `ValueError` if the names or the shapes of `params` are not those of the module.
+      shapes: the tree of `params` as `jax.ShapeDtypeStruct`.
+    """
+
+    init: Callable[[jax.Array], dict]
+    apply: Callable[..., Any]
+    shapes: dict
+
+
+def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
+    """The pure functions of the module that `make(rngs)` builds; `make` is only traced here, nothing is allocated.
+
+    Raises:
+      ValueError: if the module holds anything but `nnx.Param` (random state, batch statistics): hidden state would
+        be frozen into the functions.
+    """
+    abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    graph, abstract_params, rest = nnx.split(abstract, nnx.Param, ...)
+    if jax.tree.leaves(rest):
+        hidden = ", ".join(sorted(names_of(nnx.to_pure_dict(rest))))
+        raise ValueError(
+            f"module {type(abstract).__name__} holds state besides nnx.Param: {hidden}; "
+            "pass keys and statistics as arguments of its call instead"
+        )
+    shapes = nnx.to_pure_dict(abstract_params)
+
+    def init(key: jax.Array) -> dict:
+        return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)[1])
+
+    def apply(params: dict, *inputs, method: str | None = None, **settings):
+        check_params(params, shapes)
+        module = nnx.merge(graph, params, rest)
+        return (getattr(module, method) if method else module)(*inputs, **settings)
+
+    return Functional(init, apply, shapes)
+
+
+def names_of(tree) -> dict[str, Any]:
+    """`{"a/b/c": leaf}` of a nested dict."""
+    leaves, _ = tree_flatten_with_path(tree)
+    return {"/".join(str(getattr(part, "key", part)) for part in path): leaf for path, leaf in leaves}
+
+
+def check_params(params, shapes) -> None:
+    """Raises `ValueError` unless `params` has exactly the names and shapes of `shapes`.
+
+    `nnx.merge` matches leaves by order, so a renamed or reordered tree would otherwise load without complaint.
+    """
+    if jax.tree.structure(params) != jax.tree.structure(shapes):
+        given, expected = names_of(params), names_of(shapes)
+        missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
+        raise ValueError(
+            f"params are not those of this network: missing {_some(missing)}, unexpected {_some(extra)}; "
+            "pass what model.init returned, or a checkpoint of a network with the same settings"
+        )
+    wrong = [
+        f"{name} {tuple(leaf.shape)} instead of {tuple(want.shape)}"
+        for (name, want), leaf in zip(names_of(shapes).items(), jax.tree.leaves(params), strict=True)
+        if tuple(leaf.shape) != tuple(want.shape)
+    ]
+    if wrong:
+        raise ValueError(f"params have wrong shapes: {_some(wrong)}; were they saved with other settings?")
+
+
+def _some(names, most: int = 4) -> str:
+    names = sorted(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + rest

@@ -1,0 +1,89 @@
+"""Normalisation in float32, written so that it is fast on CPU too, and dropout."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, groups: int, eps: float = 1e-5) -> jax.Array:
+    """Group normalisation (Wu & He 2018, arXiv:1803.08494) of `x [B, ..., C]`, of x's shape and dtype.
+
+    Args:
+      scale, bias: `[C]`, or `[B, C]` to modulate each sample.
+      groups: must divide `C`.
+
+    Statistics are sums per channel first and per group afterwards, in float32: no reshape of the large array, which
+    XLA's CPU back end turns into slow reductions.
+    """
+    batch, channels = x.shape[0], x.shape[-1]
+    space = tuple(range(1, x.ndim - 1))
+    f = x.astype(jnp.float32)
+
+    def per_group(mean):
+        return jnp.repeat(mean.reshape(batch, groups, -1).mean(-1), channels // groups, axis=-1)
+
+    mean, square = per_group(f.mean(space)), per_group((f * f).mean(space))
+    # Rounding can leave the difference slightly below zero on constant inputs.
+    a = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + eps) * scale
+    b = bias - mean * a
+    shape = (batch,) + (1,) * len(space) + (channels,)
+    return (f * a.reshape(shape) + b.reshape(shape)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, *, eps: float = 1e-6) -> jax.Array:
+    """Parameter-free layer normalisation (Ba et al. 2016, arXiv:1607.06450) over the last axis; x's shape and dtype.
+
+    The means are matrix-vector products: XLA's CPU back end is slow at reducing a minor axis. Their precision is pinned
+    because accelerators round the inputs of float32 products by default.
+    """
+    f = x.astype(jnp.float32)
+    mean_weights = jnp.full((x.shape[-1],), 1.0 / x.shape[-1], jnp.float32)
+
+    def mean(a):
+        return jnp.dot(a, mean_weights, precision=jax.lax.Precision.HIGHEST)[..., None]
+
+    centred = f - mean(f)
+    return (centred * jax.lax.rsqrt(mean(centred * centred) + eps)).astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x (1 + scale) + shift` with `shift, scale [B, C]` broadcast over the middle axes of `x [B, ..., C]`."""
+    shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (-1,)
+    return x * (1 + scale.reshape(shape)) + shift.reshape(shape)
+
+
+class GroupNorm(nnx.Module):
+    """`group_norm` with a learned scale and bias; `shift, scale [B, C]` in the call modulate them (AdaGN).
+
+    AdaGN: Dhariwal & Nichol 2021, arXiv:2105.05233, section 3.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.groups = groups
+
+    def __call__(self, x: jax.Array, shift: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
+        a, b = self.scale[...], self.bias[...]
+        if shift is not None:
+            # One affine map of the normalised input instead of two passes over it.
+            a, b = a * (1 + scale.astype(jnp.float32)), b * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+        return group_norm(x, a, b, groups=self.groups)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """`x` with entries zeroed with probability `rate` and the others divided by `1 - rate`; `x` itself without a key.
+
+    The rate is rounded to a multiple of 2**-16: one 32-bit draw serves two entries.
+    """
+    if key is None or rate == 0.0:
+        return x
+    if x.shape[-1] % 2:
+        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+        return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+    words = jax.random.bits(key, x.shape[:-1] + (x.shape[-1] // 2,), jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(x.shape)
+    cut = round(rate * 2**16)
+    return jnp.where(halves >= cut, x / (1.0 - cut / 2**16), 0).astype(x.dtype)
