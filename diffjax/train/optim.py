@@ -167,6 +167,9 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, (allowed, holds) in ranges.items():
         if not (isinstance(full[key], (int, float)) and holds(full[key])):
             raise ValueError(f"optim {key} {full[key]!r}: expected {allowed}")
+    for rule in full["decay_rules"]:
+        if len(rule) != 2 or not (isinstance(rule[1], (int, float)) and 0 <= rule[1] < math.inf):
+            raise ValueError(f"optim decay_rules {rule!r}: expected (regex, factor) with 0 <= factor < inf")
     if full["name"] == "adam" and (full["weight_decay"] or full["decay_rules"]):
         raise ValueError("optim name 'adam' with weight decay is ambiguous; use 'adamw' for decoupled decay")
     return full
