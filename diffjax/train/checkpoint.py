@@ -134,8 +134,8 @@ class Checkpoints:
 
         Args:
           state_like: pytree of arrays or `jax.ShapeDtypeStruct`. Names, shapes and dtypes must be those of the
-            checkpoint; nothing is cast. Leaves with a sharding are placed there, others on the default device; saved on
-            one mesh, restored on another is fine.
+            checkpoint; nothing is cast. Leaves with a sharding are placed there, numpy arrays stay on the host, others
+            go to the default device; saved on one mesh, restored on another is fine.
           iterator: gets the saved state by `set_state`, after everything else has succeeded.
           step: this one only; a damaged one then raises.
 
@@ -193,7 +193,7 @@ class Checkpoints:
             node = tree
             for key in parents:
                 node = node.setdefault(key, {})
-            node[last] = jax.numpy.asarray(array)
+            node[last] = _place(array)
         return found[0], tree
 
     def steps(self) -> list[int]:
@@ -432,10 +432,15 @@ def _check_fit(where: str, table: Mapping[str, dict], like: Mapping[str, Any]) -
         raise ValueError(f"{where} does not fit the state that it is restored into:{lines}{more}")
 
 
-def _place(host: np.ndarray, like: Any) -> jax.Array:
+def _place(host: np.ndarray, like: Any = None) -> jax.Array | np.ndarray:
+    """The array where `like` is: in host memory for a numpy array, at its sharding, or on the default device."""
+    if isinstance(like, (np.ndarray, np.generic)):
+        return host
+    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
+        raise ValueError(f"a leaf is {host.dtype}; set jax_enable_x64, or restore into numpy arrays, to read it uncast")
     sharding = getattr(like, "sharding", None)
     if sharding is None:
-        return jax.numpy.asarray(host)
+        return jax.numpy.array(host)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
