@@ -170,19 +170,20 @@ class Mixture:
         `dy / d(log s) = s eps`, `s = sigma / alpha`, which is the same for every schedule.
         """
 
-        def velocity(y, log_s):
-            s = jnp.exp(log_s)
-            return s * self.denoise(y, Level(log_s, jnp.ones_like(s), s)).eps
+        first, last = (jnp.log(jnp.asarray(level.s, x.dtype)) for level in (start, end))
 
-        log_s = jnp.log(jnp.stack([jnp.asarray(start.s), jnp.asarray(end.s)]).astype(x.dtype))
-        return end.alpha * odeint(velocity, x / start.alpha, log_s, rtol=rtol, atol=rtol)[-1]
+        def velocity(y, u):  # u runs from 0 to 1, since odeint wants growing times
+            s = jnp.exp(first + u * (last - first))
+            return (last - first) * s * self.denoise(y, Level(s, jnp.ones_like(s), s)).eps
+
+        return end.alpha * odeint(velocity, x / start.alpha, jnp.array([0.0, 1.0], x.dtype), rtol=rtol, atol=rtol)[-1]
 
     def sample(self, key: jax.Array, n: int) -> tuple[Array, Array]:
         """Clean data [n, D] and the component of each [n] int32."""
         key_component, key_noise = jax.random.split(key)
         component = jax.random.categorical(key_component, jnp.log(self.weights), shape=(n,))
         z = jax.random.normal(key_noise, (n, self.means.shape[1]), jnp.result_type(float))
-        scaled = z * jnp.sqrt(self._variances)[component]
+        scaled = z * jnp.asarray(np.sqrt(self._variances))[component]
         offset = jnp.einsum("bde,be->bd", jnp.asarray(self._bases)[component], scaled)
         return jnp.asarray(self.means)[component] + offset, component
 

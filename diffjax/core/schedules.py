@@ -73,7 +73,8 @@ class VP:
 
     def time(self, logsnr: Array) -> Array:
         xp = namespace(logsnr)
-        integral = xp.logaddexp(0.0, -_real(logsnr))  # of beta from 0 to t, = -log alpha ** 2
+        # The integral of beta from 0 to t is -log alpha^2. VP never reaches alpha = 0; the cap keeps time finite there.
+        integral = xp.minimum(xp.logaddexp(0.0, -_real(logsnr)), 1e9)
         slope = self.beta_max - self.beta_min
         return 2 * integral / (self.beta_min + xp.sqrt(self.beta_min**2 + 2 * slope * integral))
 
