@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diffjax"
 STANDARD = sys.stdlib_module_names
 
-# What each folder may import besides the standard library, jax and numpy. Nothing imports experiments, tests or configs.
+# What each folder may import besides the standard library, jax and numpy.
 ALLOWED = {
     "core": {"diffjax.core"},
     "sampling": {"diffjax.core", "diffjax.sampling"},
