@@ -52,8 +52,8 @@ def decay(rate: float, warmup: bool = True) -> Ema:
 def power(std: float) -> Ema:
     """The power-function average: the parameters at time tau of training have weight proportional to `tau ** gamma`.
 
-    Its width is a fixed fraction of the training so far, and the initial parameters have no weight. The old average keeps
-    the weight `(1 - 1/step) ** (gamma + 1)`, so that step i weighs exactly
+    Its width is a fixed fraction of the training so far, and the initial parameters have no weight. The old average
+    keeps the weight `(1 - 1/step) ** (gamma + 1)`, so that step i weighs exactly
     `(i ** (gamma + 1) - (i - 1) ** (gamma + 1)) / step ** (gamma + 1)`.
 
     Karras et al. 2024, arXiv:2312.02696, section 3.1.

@@ -21,7 +21,7 @@ from diffjax.train import paths
 log = logging.getLogger(__name__)
 
 Rules = Sequence[tuple[str, Sequence]]
-MODES = ("data", "fsdp")
+MODES = ("data", "fsdp", "rules")
 
 
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -60,48 +60,48 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def param_shardings(params: Any, mesh: Mesh, mode: str | Rules = "data") -> Any:
+def param_sharding(mesh: Mesh, params: Any, rules: Rules = (), mode: str = "data") -> Any:
     """A tree of `NamedSharding` like `params`.
 
     Args:
-      params: arrays or `jax.ShapeDtypeStruct`.
       mesh: as from `make_mesh`.
+      params: arrays or `jax.ShapeDtypeStruct`.
+      rules: for the mode `"rules"`: `[(regex over "a/b/c" names, axes), ...]` with a mesh axis name, a tuple of names
+        or None per array axis (None for those left out). The first rule that matches wins and every parameter must be
+        covered. Mesh axes that do not divide their array axis are dropped there, and that is logged.
       mode: `"data"` puts a copy on every device; `"fsdp"` splits the largest axis of each parameter that divides by the
-        number of devices over all of them, and copies parameters that have none; or rules
-        `[(regex over "a/b/c" names, axes), ...]` with a mesh axis name, a tuple of names or None per array axis (None for
-        those left out). The first rule that matches wins and every parameter must be covered. Mesh axes that do not
-        divide their array axis are dropped there, and that is logged.
+        number of devices over all of them, and copies parameters that have none; `"rules"`.
 
     Raises:
       ValueError: for an unknown mode or mesh axis, an uncovered parameter, or more axes than the parameter has.
     """
     leaves = paths.named_leaves(params)
-    if isinstance(mode, str):
-        if mode not in MODES:
-            raise ValueError(f"unknown sharding {mode!r}; known: {', '.join(MODES)}, or rules{nearest(mode, MODES)}")
-        axes = {n: _largest(leaf.shape, mesh) if mode == "fsdp" else () for n, leaf in leaves.items()}
+    if mode not in MODES:
+        raise ValueError(f"unknown sharding {mode!r}; known: {', '.join(MODES)}{nearest(mode, MODES)}")
+    if mode == "rules":
+        axes = paths.match(rules, leaves, "sharding")
     else:
-        axes = paths.match(mode, leaves, "sharding")
+        axes = {n: _largest(leaf.shape, mesh) if mode == "fsdp" else () for n, leaf in leaves.items()}
     table = {n: NamedSharding(mesh, _spec(n, leaf.shape, axes[n], mesh)) for n, leaf in leaves.items()}
     return jax.tree_util.tree_map_with_path(lambda path, _: table[paths.name(path)], params)
 
 
-def state_shardings(state: Any, params: Any, mesh: Mesh, mode: str | Rules = "data") -> Any:
+def state_sharding(mesh: Mesh, state: Any, rules: Rules = (), mode: str = "data") -> Any:
     """A tree of `NamedSharding` like `state`, in which averages and optimiser moments lie where their parameter does.
 
     A leaf of `state` follows the parameter whose name ends the leaf's own (`ema/.../a/b` and `opt_state/0/mu/a/b`
     follow `a/b`) if the shapes agree, the longest such name first; every other leaf, such as a step count, is copied.
 
     Args:
-      state: a pytree that holds `params` and trees like it; arrays or `jax.ShapeDtypeStruct`.
-      params: the parameters alone, whose names the rules speak of.
       mesh: as from `make_mesh`.
-      mode: as `param_shardings`.
+      state: a pytree with a field `params`, whose names the rules speak of; arrays or `jax.ShapeDtypeStruct`.
+      rules, mode: as `param_sharding`.
 
     Raises:
-      ValueError: as `param_shardings`.
+      ValueError: as `param_sharding`.
     """
-    tree = param_shardings(params, mesh, mode)
+    params = state.params
+    tree = param_sharding(mesh, params, rules, mode)
     table = {
         paths.components(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
