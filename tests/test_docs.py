@@ -16,7 +16,12 @@ def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
-        exec(compile(block, str(page), "exec"), namespace)  # blocks of one page build on each other
+        if name := re.match(r"# (\S+\.py)\n", block):  # a block that starts with a file's name is that file
+            path = tmp_path / name[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block)
+        else:
+            exec(compile(block, str(page), "exec"), namespace)  # blocks of one page build on each other
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
