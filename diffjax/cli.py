@@ -1,0 +1,305 @@
+"""The command line: `diffjax train | eval | sample | inspect | doctor`, also as `python -m diffjax`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from diffjax import registry
+from diffjax.train.errors import NonFiniteError, WorkdirError
+
+USAGE_ERROR = 2
+FAILURE = 1
+DEBUG_VARIABLE = "DIFFJAX_DEBUG"
+
+_CONFIG = ("--config", dict(metavar="FILE.py[:ARG]", help="a config program, and what to give to its get_config"))
+_WORKDIR = ("--workdir", dict(metavar="DIR", help="folder of the run: config, checkpoints, metrics, results"))
+_EMA = ("--ema", dict(metavar="SPEC", help="which average of the parameters, or 'raw'; default the config's first"))
+_STEP = ("--step", dict(type=int, metavar="N", help="which checkpoint; default the newest"))
+
+
+class Command(NamedTuple):
+    """A subcommand: one line of help, examples, its flags, and `run(arguments, overrides) -> exit code`."""
+
+    summary: str
+    examples: tuple[str, ...]
+    flags: tuple
+    run: Callable[[argparse.Namespace, dict[str, str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit code: 0, 1 (it failed), 2 (it was asked for wrongly), 128 + a signal.
+
+    Expected errors are one line on stderr; `--debug`, or `DIFFJAX_DEBUG=1`, shows the traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+    argv = [a for a in argv if a != "--debug"]
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            sys.stdout.write(overview())
+            return 0 if argv else USAGE_ERROR
+        if argv[0] == "--version":
+            return version()
+        if argv[0] not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            raise UsageError(f"unknown command {argv[0]!r}; known: {known}{registry.nearest(argv[0], COMMANDS)}")
+        arguments, overrides = parse(argv[0], argv[1:])
+        return COMMANDS[argv[0]].run(arguments, overrides)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except Exception as error:
+        if debug or not isinstance(error, expected_errors()):
+            raise
+        sys.stderr.write("diffjax: " + " ".join(str(error).split()) + "\n")
+        return USAGE_ERROR if isinstance(error, ValueError) else FAILURE
+
+
+class UsageError(ValueError):
+    """A command line that cannot be read."""
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What a user can cause and mend; library functions raise `ValueError` for their arguments."""
+    expected = (ValueError, NonFiniteError, WorkdirError, ModuleNotFoundError)
+    # Importing it would load Orbax for the sake of an error that nobody has raised.
+    checkpoint = sys.modules.get("diffjax.train.checkpoint")
+    return (*expected, checkpoint.CheckpointError) if checkpoint else expected
+
+
+def overview() -> str:
+    """The help of the program as a whole."""
+    rows = "\n".join(f"  {name:9}{command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"diffjax: diffusion models in JAX\n\nusage: diffjax COMMAND [flags]\n\n{rows}\n\n"
+        "examples:\n  diffjax train --config=configs/digits.py --workdir=runs/digits\n"
+        "  diffjax eval --workdir=runs/digits\n  diffjax sample --workdir=runs/digits --classes=0,1,2 --seeds=0,1\n\n"
+        "`diffjax COMMAND --help` lists the flags of a command. `--debug` shows tracebacks of expected errors.\n"
+    )
+
+
+def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags of a command, and its `--config.key=value` overrides as `{key: value text}`.
+
+    Raises:
+      UsageError: for an unknown flag (with the nearest), or a value of the wrong type.
+    """
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"diffjax {name}",
+        description=command.summary,
+        epilog="examples:\n" + "\n".join(f"  {e}" for e in command.examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    for flag, settings in command.flags:
+        parser.add_argument(flag, **settings)
+    takes_config = any(flag == "--config" for flag, _ in command.flags)
+    overrides, rest = _overrides(argv) if takes_config else ({}, list(argv))
+    if takes_config:
+        shown = "sets one key of the config, such as --config.optim.lr=1e-3"
+        parser.add_argument("--config.KEY", dest="ignored", metavar="VALUE", help=shown)
+    try:
+        arguments, unknown = parser.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error}; see diffjax {name} --help") from None
+    if unknown:
+        flags = [flag for flag, _ in command.flags]
+        given = unknown[0].partition("=")[0]
+        hint = registry.nearest(given, flags)
+        raise UsageError(f"{name}: unknown argument {given!r}; flags: {', '.join(flags)}{hint}")
+    return arguments, overrides
+
+
+def _overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """`--config.key=value` and `--config.key value` taken out of the arguments."""
+    overrides, rest, items = {}, [], iter(argv)
+    for item in items:
+        if not item.startswith("--config."):
+            rest.append(item)
+            continue
+        key, equals, value = item[len("--config.") :].partition("=")
+        if not equals:
+            value = next(items, None)
+        if not key or value is None:
+            raise UsageError(f"{item!r} needs a key and a value: write --config.KEY=VALUE")
+        overrides[key] = value
+    return overrides, rest
+
+
+def required(arguments: argparse.Namespace, flag: str, example: str) -> str:
+    """The value of a flag that the command cannot do without.
+
+    Raises:
+      UsageError: if it was not given.
+    """
+    value = getattr(arguments, flag)
+    if not value:
+        raise UsageError(f"--{flag} is missing; give one, such as --{flag}={example}")
+    return value
+
+
+def given_config(arguments, overrides):
+    """The config of `--config` with the overrides; from `--workdir` if there is no `--config`."""
+    from diffjax.train import config as configs
+    from diffjax.train.state import read_config
+
+    if not arguments.config and arguments.workdir and os.path.isdir(arguments.workdir):
+        config = read_config(arguments.workdir)
+    else:
+        config = configs.load(required(arguments, "config", "configs/digits.py"))
+    for key, text in overrides.items():
+        configs.override(config, key, text)
+    return config
+
+
+def train(arguments, overrides) -> int:
+    """`diffjax train`."""
+    workdir = required(arguments, "workdir", "runs/digits")
+    config = given_config(arguments, overrides)
+    from diffjax.train import loop
+
+    loop.use_compile_cache()
+    result = loop.train(config, workdir)
+    return 128 + result.signal if result.signal else 0
+
+
+def evaluate(arguments, overrides) -> int:
+    """`diffjax eval`."""
+    workdir = required(arguments, "workdir", "runs/digits")
+    names = ("ema", "step", "num_samples", "seeds", "solver", "steps", "spacing", "guidance", "interval")
+    options = _given(arguments, *names)
+    from diffjax.pipelines.evaluate import evaluate as run
+    from diffjax.train.loop import use_compile_cache
+
+    use_compile_cache()
+    run(workdir, **options)
+    return 0
+
+
+def sample(arguments, overrides) -> int:
+    """`diffjax sample`."""
+    workdir = required(arguments, "workdir", "runs/digits")
+    names = ("ema", "step", "classes", "seeds", "solver", "steps", "spacing", "guidance", "interval", "out")
+    options = _given(arguments, *names)
+    if arguments.num is not None:
+        if "seeds" in options:
+            raise UsageError("sample: --num and --seeds exclude each other; --num=4 is --seeds=0,1,2,3")
+        options["seeds"] = tuple(range(arguments.num))
+    from diffjax.pipelines.generate import generate
+    from diffjax.train.loop import use_compile_cache
+
+    use_compile_cache()
+    generate(workdir, **options)
+    return 0
+
+
+def inspect(arguments, overrides) -> int:
+    """`diffjax inspect`."""
+    from diffjax.train.describe import describe
+
+    sys.stdout.write(describe(given_config(arguments, overrides), compile=not arguments.fast))
+    return 0
+
+
+def doctor(arguments, overrides) -> int:
+    """`diffjax doctor`."""
+    from diffjax.train.describe import machine
+
+    sys.stdout.write(machine())
+    return 0
+
+
+def version() -> int:
+    """`diffjax --version`."""
+    from diffjax import __version__
+
+    sys.stdout.write(f"diffjax {__version__}\n")
+    return 0
+
+
+def _given(arguments, *names) -> dict:
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _numbers(kind):
+    def parse(text):
+        return tuple(kind(item) for item in text.split(",") if item.strip())
+
+    parse.__name__ = f"comma-separated {kind.__name__} list"
+    return parse
+
+
+_SAMPLING = (
+    ("--solver", dict(metavar="SPEC", help="such as 'heun()' or 'ddim(eta=1.0)'; default the config's")),
+    ("--steps", dict(type=int, metavar="N", help="steps of the solver")),
+    ("--spacing", dict(metavar="SPEC", help="grid of noise levels, such as 'karras(s_max=40.0)'")),
+    ("--guidance", dict(type=float, metavar="W", help="classifier-free guidance scale; 1 is none")),
+    ("--interval", dict(type=_numbers(float), metavar="LO,HI", help="sigma / alpha between which guidance acts")),
+)
+
+COMMANDS = {
+    "train": Command(
+        "train a model, or go on with an interrupted training",
+        (
+            "diffjax train --config=configs/digits.py --workdir=runs/digits",
+            "diffjax train --config=configs/digits.py:smoke --workdir=runs/smoke",
+            "diffjax train --config=configs/digits.py --config.optim.lr=2e-3 --workdir=runs/lr",
+        ),
+        (_CONFIG, _WORKDIR),
+        train,
+    ),
+    "eval": Command(
+        "measure a trained model against held-out data",
+        (
+            "diffjax eval --workdir=runs/digits",
+            "diffjax eval --workdir=runs/digits --steps=10 --solver='heun()'",
+        ),
+        (
+            _WORKDIR,
+            _EMA,
+            ("--num_samples", dict(type=int, metavar="N", help="samples to draw for each seed")),
+            ("--seeds", dict(type=int, metavar="N", help="how many sampling seeds")),
+            *_SAMPLING,
+            _STEP,
+        ),
+        evaluate,
+    ),
+    "sample": Command(
+        "draw samples from a trained model",
+        (
+            "diffjax sample --workdir=runs/digits --classes=0,1,2 --seeds=0,1",
+            "diffjax sample --workdir=runs/digits --num=8 --guidance=1.5 --out=eights.png --classes=8",
+        ),
+        (
+            _WORKDIR,
+            ("--classes", dict(type=_numbers(int), metavar="C,C", help="labels; default every class")),
+            ("--seeds", dict(type=_numbers(int), metavar="S,S", help="one sample of each class for each seed")),
+            ("--num", dict(type=int, metavar="N", help="samples per class, with seeds 0 to N - 1")),
+            *_SAMPLING,
+            _EMA,
+            _STEP,
+            ("--out", dict(metavar="PATH", help="where to write; default WORKDIR/samples")),
+        ),
+        sample,
+    ),
+    "inspect": Command(
+        "show a config's parameters, bytes, FLOPs and sharding without training",
+        (
+            "diffjax inspect --config=configs/digits.py",
+            "diffjax inspect --config=configs/digits_dit.py --config.model.depth=8",
+        ),
+        (_CONFIG, _WORKDIR, ("--fast", dict(action="store_true", help="do not compile: no FLOPs"))),
+        inspect,
+    ),
+    "doctor": Command(
+        "show versions, devices, memory, compile cache and extras",
+        ("diffjax doctor",),
+        (),
+        doctor,
+    ),
+}

@@ -1,0 +1,461 @@
+"""Configs: defaults, loading, overrides, and the checks that stop a wrong run before anything is allocated.
+
+A config is data: numbers, strings, tuples and `"name(arg=1)"` specs in an `ml_collections.ConfigDict`. `prepare` turns
+it into the objects of a run; everything that is wrong with it is reported as one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from diffjax import registry
+from diffjax.core.types import Head, Level, Model
+from diffjax.train import log
+from diffjax.train.errors import ConfigError
+
+# What a stored run and the config of a resumed run may differ in: nothing that the next update depends on, apart from
+# the learning rate schedule, which is laid out over `num_steps`.
+RESUMABLE = ("num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample", "eval")
+
+_FIX = "; edit the config file or pass --{path}=VALUE"
+
+
+class Parts(NamedTuple):
+    """The objects that a config names.
+
+    Attributes:
+      dataset: `diffjax.data.Dataset`.
+      augment: functions `(batch, rng) -> batch`, in order.
+      schedule: `t -> Level`.
+      head: `Head`.
+      time: `(key, n) -> t [n]`.
+      weight: `Level -> [B]`, or None for the head's own.
+      model: `Model`.
+      optimizer: `optax.GradientTransformation`.
+      lr: `step -> learning rate`.
+      ema: `{spec: Ema}`, in the config's order.
+    """
+
+    dataset: Any
+    augment: tuple[Callable, ...]
+    schedule: Any
+    head: Head
+    time: Callable
+    weight: Callable | None
+    model: Model
+    optimizer: Any
+    lr: Callable
+    ema: dict[str, Any]
+
+
+def defaults() -> ConfigDict:
+    """Every key of a config with the value that it takes when a config file does not set it."""
+    from diffjax.train import optim
+
+    return ConfigDict(
+        dict(
+            seed=0,
+            data="digits()",
+            augment=(),
+            batch_size=128,
+            num_steps=1000,
+            schedule="edm()",
+            head="edm(sigma_data=0.5)",
+            time="lognormal(mean=-1.2, std=1.2)",
+            weight="",
+            model=dict(name="mlp"),
+            label_dropout=0.1,
+            optim=dict(optim.DEFAULTS, clip=1.0),
+            ema=("power(std=0.1)",),
+            log_every=50,
+            checkpoint_every=500,
+            keep=2,
+            stop_at=0,
+            sharding="data",
+            tensorboard=False,
+            sample=dict(
+                solver="dpmpp_2m()", steps=20, spacing="karras(s_max=40.0)", guidance=1.0, interval=(0.0, math.inf)
+            ),
+            eval=dict(num_samples=898, seeds=1, batch_size=128),
+        )
+    )
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """The config with every default filled in, checked key by key and built abstractly; nothing is allocated.
+
+    Raises:
+      ConfigError: for an unknown key, a wrong type, an impossible value, an unknown name, or settings that do not fit
+        together (a patch that does not divide the image, a sampling grid on which the head is undefined).
+    """
+    return prepare(config)[0]
+
+
+def prepare(config: ConfigDict) -> tuple[ConfigDict, Parts]:
+    """`resolve(config)` and the objects that it names.
+
+    Raises:
+      ConfigError: as `resolve`.
+    """
+    resolved = fill(config)
+    return resolved, assemble(resolved)
+
+
+def fill(config: ConfigDict) -> ConfigDict:
+    """The config with defaults, after the checks of keys, types and ranges; builds nothing.
+
+    Raises:
+      ConfigError: for an unknown key, a wrong type or an impossible value.
+    """
+    if isinstance(config, ConfigDict):
+        config = config.copy_and_resolve_references()
+    filled = ConfigDict(_merge(dict(config), defaults(), "config"))
+    for key, (holds, allowed) in _RANGES.items():
+        value = _get(filled, key)
+        if not holds(value):
+            path = f"config.{key}"
+            raise ConfigError(f"{path} is {value!r}; it must be {allowed}" + _FIX.format(path=path))
+    if len(set(filled.ema)) != len(filled.ema):
+        raise ConfigError(f"config.ema is {filled.ema!r}; it must not name an average twice: remove one")
+    return filled
+
+
+def assemble(config: ConfigDict) -> Parts:
+    """The objects that a filled config names; the network is only traced, no parameter is allocated.
+
+    Raises:
+      ConfigError: for an unknown name, or settings that do not fit together.
+    """
+    from diffjax import core, data, models
+    from diffjax.train import ema, optim
+
+    schedule = _build(config, "schedule", core.SCHEDULES)
+    head = _build(config, "head", core.HEADS)
+    time = _build(config, "time", core.TIMES)
+    weight = _build(config, "weight", core.WEIGHTS, schedule=schedule) if config.weight else None
+    _check_sampling(config, schedule, head)
+    averages = {}
+    for spec in config.ema:
+        with _naming("config.ema"):
+            averages[spec] = registry.build(spec, ema.EMAS, "ema")
+    with _naming("config.optim"):
+        optimizer = optim.build_optimizer(config.optim, config.num_steps)
+        lr = optim.build_lr(config.optim, config.num_steps)
+    dataset = _build(config, "data", data.SOURCES)
+    with _naming("config.augment"):
+        augment = tuple(registry.build(spec, data.AUGMENTS, "augmentation") for spec in config.augment)
+    if config.batch_size > len(dataset.train):
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}; it must be at most the {len(dataset.train)} training items"
+            + _FIX.format(path="config.batch_size")
+        )
+    with _naming("config.model"):
+        model = registry.build(
+            dict(config.model), models.MODELS, "model", shape=dataset.shape, num_classes=dataset.num_classes
+        )
+    _check_model(config, model, dataset, optimizer)
+    if config.tensorboard:
+        with _naming("config.tensorboard"):
+            log.require_tensorboard()
+    return Parts(dataset, augment, schedule, head, time, weight, model, optimizer, lr, averages)
+
+
+def grid(spacing: str, schedule: Any, steps: int) -> Level:
+    """The sampling grid of a spec such as `"karras(s_max=40.0)"` on a schedule: `Level[steps + 1]`.
+
+    Raises:
+      ValueError: for an unknown spacing, arguments that it does not take, or a schedule on which it has no meaning.
+    """
+    from diffjax.core import SPACINGS
+
+    name, args, kwargs = registry.parse(spacing)
+    fn = registry.lookup(name, SPACINGS, "spacing")
+    try:
+        inspect.signature(fn).bind(schedule, steps, *args, **kwargs)
+    except TypeError as error:
+        allowed = list(inspect.signature(fn).parameters)[2:]
+        raise ValueError(f"spacing {name!r}: {error}; arguments: {', '.join(allowed) or 'none'}") from None
+    return fn(schedule, steps, *args, **kwargs)
+
+
+def load(path: str) -> ConfigDict:
+    """The config that `"configs/digits.py:smoke"` (the part after `:` goes to `get_config`) or a `config.json` names.
+
+    Raises:
+      ConfigError: if there is no such file, it has no `get_config`, or `get_config` fails.
+    """
+    file, _, arg = (path + ":").replace(".py:", ".py\n", 1).partition("\n")
+    arg, file = arg.rstrip(":"), file.rstrip(":")
+    if not os.path.isfile(file):
+        raise ConfigError(f"--config={path}: no file {file!r} in {os.getcwd()}; give a config like configs/digits.py")
+    if file.endswith(".json"):
+        with open(file, encoding="utf-8") as stream:
+            return ConfigDict(json.load(stream))
+    # A config says `from configs import common`, and names its user's own modules relative to where the user stands.
+    for folder in (os.path.dirname(os.path.dirname(os.path.abspath(file))), os.getcwd()):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    try:
+        spec = importlib.util.spec_from_file_location("diffjax_config", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        takes_arg = bool(inspect.signature(module.get_config).parameters)
+        if arg and not takes_arg:
+            raise ValueError(f"get_config() takes no argument, but {arg!r} was given after the colon")
+        return module.get_config(arg) if takes_arg else module.get_config()
+    except Exception as error:
+        text = f"--config={path}: {type(error).__name__}: {error}; get_config must return a config"
+        raise ConfigError(text) from error
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets `config.key` (dotted) from the text of a `--config.key=text` flag, in place.
+
+    A key whose value is a string takes the text as it is; any other takes a Python literal, or comma-separated items
+    for a tuple. Whether the key exists and the type fits is `fill`'s to say.
+
+    Raises:
+      ConfigError: if a part of the key is not a group of keys.
+    """
+    *groups, last = key.split(".")
+    node, known = config, defaults()
+    for group in groups:
+        if group not in node:
+            node[group] = ConfigDict()
+        node = node[group]
+        known = known.get(group, {}) if isinstance(known, Mapping | ConfigDict) else {}
+        if not isinstance(node, ConfigDict):
+            raise ConfigError(f"--config.{key}: {group!r} holds {node!r} and has no keys below it; set it as a whole")
+    current = node.get(last, known.get(last) if isinstance(known, Mapping | ConfigDict) else None)
+    # Unlocked and type-free: the file may leave out what the defaults have.
+    with node.unlocked(), node.ignore_type():
+        node[last] = text if isinstance(current, str) else _literal(text, isinstance(current, tuple | list))
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as strict JSON text: tuples become lists, infinities the string `"inf"`, both undone by `fill`."""
+    return json.dumps(_plain(config), indent=2, sort_keys=True, allow_nan=False)
+
+
+def differences(stored: ConfigDict, given: ConfigDict) -> list[str]:
+    """`key: stored -> given` for every leaf in which two filled configs differ, without the keys of `RESUMABLE`."""
+    old, new = flat(stored), flat(given)
+    keys = [k for k in sorted({**old, **new}) if k.split(".")[0] not in RESUMABLE]
+    absent = "(not set)"
+    changed = [k for k in keys if old.get(k, absent) != new.get(k, absent)]
+    return [f"{k}: {old.get(k, absent)!r} -> {new.get(k, absent)!r}" for k in changed]
+
+
+@contextlib.contextmanager
+def _naming(path: str):
+    """Turns whatever a piece of the config raises into a `ConfigError` that names the key."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}: {text}" + _FIX.format(path=path)) from error
+
+
+def _build(config, key, known, **offered):
+    """What `config[key]` names; of `offered` it is given the arguments that it takes."""
+    with _naming(f"config.{key}"):
+        name, _, _ = registry.parse(config[key])
+        takes = inspect.signature(registry.lookup(name, known, key)).parameters
+        return registry.build(config[key], known, key, **{k: v for k, v in offered.items() if k in takes})
+
+
+def _check_sampling(config, schedule, head):
+    """Fails now, not after the training, on a solver, spacing or grid that the network could not be used with."""
+    from diffjax import sampling
+
+    sample = config.sample
+    with _naming("config.sample.solver"):
+        registry.build(sample.solver, sampling.SOLVERS, "solver")
+    with _naming("config.sample.spacing"):
+        levels = grid(sample.spacing, schedule, sample.steps)
+    with _naming("config.sample"):
+        head.check(levels)
+
+
+def _check_model(config, model, dataset, optimizer):
+    """Traces parameters, network and optimiser at the batch's shape: whatever cannot fit together fails here."""
+    shape = (config.batch_size, *dataset.shape)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    t = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    y = jax.ShapeDtypeStruct(shape[:1], jnp.int32) if dataset.num_classes else None
+
+    def trace(key, x, t, y):
+        params = model.init(key)
+        return params, model.apply(params, x, t, y, key=key)
+
+    with _naming("config.model"):
+        params, out = jax.eval_shape(trace, jax.eval_shape(lambda: jax.random.key(0)), x, t, y)
+        if out.shape != shape:
+            raise ValueError(f"the network maps {shape} to {out.shape}; it must return the shape of x")
+    with _naming("config.optim"):
+        jax.eval_shape(optimizer.init, params)
+    devices = jax.device_count()
+    if config.batch_size % devices:
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}; it must be a multiple of the {devices} devices"
+            + _FIX.format(path="config.batch_size")
+        )
+
+
+def _merge(given: Mapping, default: ConfigDict, path: str) -> dict:
+    unknown = [k for k in given if k not in default]
+    if unknown:
+        known = ", ".join(sorted(default))
+        hint = registry.nearest(unknown[0], default)
+        raise ConfigError(f"unknown key {path}.{unknown[0]}; known keys of {path}: {known}{hint}")
+    merged = {}
+    for key, value in default.items():
+        where = f"{path}.{key}"
+        if key not in given:
+            merged[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+        elif where == "config.model":
+            merged[key] = _check_model_spec(given[key])
+        elif isinstance(value, ConfigDict):
+            if not isinstance(given[key], Mapping | ConfigDict):
+                raise ConfigError(f"{where} is {given[key]!r}; it is a group of keys: {', '.join(sorted(value))}")
+            merged[key] = _merge(dict(given[key]), value, where)
+        else:
+            merged[key] = _coerce(given[key], value, where)
+    return merged
+
+
+def _check_model_spec(spec) -> dict:
+    """A network's settings are checked by its own factory; here only their form is."""
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    name = spec.get("name") if isinstance(spec, Mapping | ConfigDict) else None
+    if not isinstance(name, str):
+        raise ConfigError(f"config.model is {spec!r}; it needs a name, as in dict(name='unet', ...)")
+    return _tuples(spec.to_dict() if isinstance(spec, ConfigDict) else dict(spec))
+
+
+def _coerce(value, default, path):
+    """`value` in the type of `default`; lossless conversions only."""
+    kind = type(default)
+    if kind is float and isinstance(value, str) and value.lstrip("+-") in ("inf", "infinity"):
+        value = float(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if kind is tuple and isinstance(value, list):
+        value = _tuples(value)
+    if kind is tuple and isinstance(value, str):
+        value = (value,) if value else ()
+    if type(value) is not kind:
+        raise ConfigError(
+            f"{path} is {value!r} ({type(value).__name__}); it must be {_KINDS[kind]}, such as {default!r}"
+            + _FIX.format(path=path)
+        )
+    if kind is tuple and default and isinstance(default[0], float):
+        return tuple(_coerce(v, default[0], path) for v in value)
+    if kind is tuple and path in ("config.ema", "config.augment"):
+        return tuple(_coerce(v, "", path) for v in value)
+    return value
+
+
+def _tuples(value):
+    """Lists to tuples, all the way down: a config that went through JSON equals the one that did not."""
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(v) for v in value)
+    if isinstance(value, Mapping):
+        return {k: _tuples(v) for k, v in value.items()}
+    return value
+
+
+def _plain(value):
+    if isinstance(value, ConfigDict | Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a config by dotted key."""
+    found = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict | Mapping)
+        found.update(flat(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return found
+
+
+def _get(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _literal(text: str, many: bool):
+    lowered = {"true": True, "false": False, "none": None, "inf": math.inf, "-inf": -math.inf}
+    if text.lower() in lowered and not many:
+        return lowered[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        if not many:
+            return text
+        inner = text.strip()
+        if inner[:1] in "([" and inner[-1:] in ")]":
+            inner = inner[1:-1]
+        return tuple(_literal(item.strip(), False) for item in _split(inner) if item.strip())
+    if many and not isinstance(value, tuple | list):
+        return (value,)
+    return _tuples(value)
+
+
+def _split(text: str) -> list[str]:
+    """`text` cut at the commas that are outside parentheses: `"power(std=0.1),decay(0.9)"` has two items."""
+    items, depth = [""], 0
+    for char in text:
+        depth += (char in "([") - (char in ")]")
+        if char == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += char
+    return items
+
+
+def _at_least(low):
+    return (lambda v: v >= low), f"at least {low}"
+
+
+_KINDS = {bool: "a bool", int: "an int", float: "a float", str: "a string", tuple: "a tuple"}
+_UNIT = (lambda v: 0.0 <= v <= 1.0), "in [0, 1]"
+_RANGES = {
+    "seed": ((lambda v: 0 <= v < 2**31), "in 0 ... 2**31 - 1"),
+    "batch_size": _at_least(1),
+    "num_steps": _at_least(1),
+    "label_dropout": _UNIT,
+    "log_every": _at_least(1),
+    "checkpoint_every": _at_least(1),
+    "keep": _at_least(2),
+    "stop_at": ((lambda v: v >= 0), "a step, or 0 to run to num_steps"),
+    "sharding": ((lambda v: v in ("data", "fsdp")), "'data' or 'fsdp'"),
+    "sample.steps": _at_least(1),
+    "sample.guidance": (math.isfinite, "finite (1 turns guidance off)"),
+    "sample.interval": ((lambda v: len(v) == 2 and 0.0 <= v[0] <= v[1]), "(low, high) of sigma / alpha, 0 <= low"),
+    "eval.num_samples": _at_least(1),
+    "eval.seeds": _at_least(1),
+    "eval.batch_size": _at_least(1),
+}

@@ -1,0 +1,110 @@
+"""What a run would be, and what it would run on, as text; nothing is trained."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffjax.train import config as configs
+from diffjax.train import paths, sharding
+from diffjax.train.state import abstract_state
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy", "scikit-learn")
+EXTRAS = {"tensorboard": ("tensorboardX", "TensorBoard files")}
+
+
+def describe(config: ConfigDict, *, compile: bool = True) -> str:
+    """The resolved config, every parameter with its size and sharding, the state's bytes and the FLOPs of one step.
+
+    Args:
+      config: as for `diffjax.train.loop.train`.
+      compile: whether to compile the step, which is where XLA's count of FLOPs and memory comes from.
+
+    Raises:
+      ConfigError: for a config that cannot run.
+    """
+    config, parts = configs.prepare(config)
+    state = abstract_state(parts)
+    mesh = sharding.make_mesh()
+    places = sharding.state_sharding(mesh, state, parts.model.rules, config.sharding)
+    text = "config\n" + configs.to_json(config) + "\n\n" + parameter_table(state.params, places.params)
+    average = _bytes(state.ema)
+    text += (
+        f"\nstate: {_size(_bytes(state))}"
+        f" = parameters {_size(_bytes(state.params))} + averages {_size(average)}"
+        f" + optimiser {_size(_bytes(state.opt_state))}\n"
+        f"mesh: {dict(mesh.shape)} over {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
+        f"sharding {config.sharding!r}\n"
+    )
+    return text + (_compiled(config, parts, mesh, places) if compile else "")
+
+
+def parameter_table(params: Mapping, places: Mapping) -> str:
+    """One row per parameter: name, shape, dtype, count, and the mesh axes that split it; then the total."""
+    rows = [("name", "shape", "dtype", "size", "sharding")]
+    names = paths.named_leaves(params)
+    for (name, leaf), place in zip(names.items(), jax.tree.leaves(places), strict=True):
+        spec = ", ".join("-" if axis is None else str(axis) for axis in place.spec) or "replicated"
+        rows.append((name, str(leaf.shape), str(leaf.dtype), f"{leaf.size:,}", spec))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = sum(leaf.size for leaf in names.values())
+    return "\n".join(["parameters", *lines, f"total: {total:,} parameters, {_size(_bytes(params))}"]) + "\n"
+
+
+def machine() -> str:
+    """Versions, devices with their memory, the compile cache and the optional packages."""
+    from diffjax import __version__
+    from diffjax.train.loop import use_compile_cache
+
+    lines = [f"diffjax {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines += ["", "packages", *(f"  {name} {_version(name)}" for name in PACKAGES)]
+    lines += ["", f"devices ({jax.default_backend()}, {jax.process_count()} process(es), {os.cpu_count()} CPU cores)"]
+    for device in jax.devices():
+        stats = device.memory_stats() or {}
+        limit = f", {_size(stats['bytes_limit'])} of memory" if "bytes_limit" in stats else ""
+        used = f", {_size(stats['bytes_in_use'])} in use" if "bytes_in_use" in stats else ""
+        lines.append(f"  {device.id}: {device.device_kind}{limit}{used}")
+    lines.append(f"  host memory: {_size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}")
+    cache = use_compile_cache()
+    lines += ["", f"compile cache: {cache or 'off (JAX_ENABLE_COMPILATION_CACHE)'}", "", "extras"]
+    for extra, (module, what) in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        lines.append(f"  {extra}: {what}, " + ("installed" if there else f"missing: pip install 'diffjax[{extra}]'"))
+    return "\n".join(lines) + "\n"
+
+
+def _compiled(config, parts, mesh, places) -> str:
+    from diffjax.train.loop import compile_step
+
+    compiled, _ = compile_step(config, parts, mesh, places)
+    costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    flops = costs.get("flops", float("nan"))
+    text = f"one step of batch {config.batch_size}: {flops:.4g} FLOPs (XLA's count, per device)"
+    if memory is not None:
+        text += f", {_size(memory.temp_size_in_bytes)} of temporary memory"
+    return text + "\n"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _bytes(tree) -> int:
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _size(count: float) -> str:
+    power = min(int(math.log2(max(count, 1)) // 10), 3)
+    return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"

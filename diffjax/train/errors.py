@@ -1,0 +1,13 @@
+"""What stops a training, for callers that catch it; imports nothing."""
+
+
+class ConfigError(ValueError):
+    """A config that cannot run: one sentence with what is wrong, what was given, what is allowed and what to do."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss, the gradient or the parameters became infinite or NaN; nothing from that step on was saved."""
+
+
+class WorkdirError(RuntimeError):
+    """The folder of the run cannot be used: another process is training in it."""

@@ -1,0 +1,148 @@
+"""The state of a training run, and a finished or running one opened for inference."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffjax import registry
+from diffjax.core.types import Head, Model
+from diffjax.train import config as configs
+from diffjax.train import paths
+from diffjax.train.config import Parts
+from diffjax.train.errors import ConfigError
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+RAW = "raw"
+
+
+class TrainState(NamedTuple):
+    """Everything that the next update depends on, apart from the data; randomness is `fold_in(key(seed), step)`.
+
+    Attributes:
+      step: updates done, int32 [].
+      params: nested dict of float32 arrays.
+      ema: `{spec: params}`, one running average of the parameters per entry of `config.ema`.
+      opt_state: the optimiser's own pytree.
+    """
+
+    step: jax.Array
+    params: dict
+    ema: dict[str, dict]
+    opt_state: Any
+
+
+class Run(NamedTuple):
+    """A trained network with what is needed to sample from it and to judge it.
+
+    Attributes:
+      config: the resolved config that it was trained with.
+      dataset: `diffjax.data.Dataset`.
+      model: `Model`.
+      params: the averaged (or raw) parameters, a nested dict.
+      schedule: `t -> Level`.
+      head: what the network's output means.
+      step: updates done, an int.
+    """
+
+    config: ConfigDict
+    dataset: Any
+    model: Model
+    params: dict
+    schedule: Any
+    head: Head
+    step: int
+
+
+def init_state(parts: Parts, key: jax.Array) -> TrainState:
+    """The state before the first update; jittable. Averages start at the parameters.
+
+    Args:
+      parts: what the config names.
+      key: the run's key, `jax.random.key(seed)`.
+    """
+    # Update i draws from fold_in(key, i); the largest 32-bit number is a stream that no update reaches.
+    params = parts.model.init(jax.random.fold_in(key, np.uint32(2**32 - 1)))
+    copies = {spec: average.init(params) for spec, average in parts.ema.items()}
+    return TrainState(jnp.zeros((), jnp.int32), params, copies, parts.optimizer.init(params))
+
+
+def abstract_state(parts: Parts) -> TrainState:
+    """Shapes and dtypes of the state, `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
+    return jax.eval_shape(lambda: init_state(parts, jax.random.key(0)))
+
+
+def read_config(workdir: str) -> ConfigDict:
+    """The filled config that a run was started with.
+
+    Raises:
+      ConfigError: if `workdir` holds no run.
+    """
+    path = os.path.join(workdir, CONFIG_FILE)
+    if not os.path.isfile(path):
+        raise ConfigError(f"{workdir!r} holds no run: no {CONFIG_FILE}; make one with `diffjax train --workdir=...`")
+    with open(path, encoding="utf-8") as stream:
+        return configs.fill(ConfigDict(json.load(stream)))
+
+
+def load_run(workdir: str, *, ema: str | None = None, step: int | None = None) -> Run:
+    """Opens a run for inference.
+
+    Args:
+      workdir: what `diffjax train --workdir` was given.
+      ema: which average, one of `config.ema`; `"raw"` for the parameters themselves; default the first average.
+      step: which checkpoint; default the newest readable one.
+
+    Raises:
+      ConfigError: if there is no run, no such average or no such checkpoint.
+    """
+    from diffjax.train.checkpoint import open_checkpoints
+
+    config = read_config(workdir)
+    chosen = choose_ema(config, ema)
+    parts = configs.assemble(config)
+    checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep)
+    steps = checkpoints.steps()
+    if not steps or step not in (None, *steps):
+        asked = "no checkpoint yet" if step is None else f"no checkpoint of step {step}"
+        raise ConfigError(
+            f"{workdir!r} holds {asked}; saved steps: {', '.join(map(str, steps)) or 'none'}; "
+            "one is written every config.checkpoint_every steps and at the end"
+        )
+    at, found = checkpoints.restore_part("params" if chosen == RAW else f"ema/{chosen}", step)
+    return Run(config, parts.dataset, parts.model, fit(parts, found), parts.schedule, parts.head, at)
+
+
+def fit(parts: Parts, found: dict) -> dict:
+    """The arrays of `found` in the structure that the model's own parameters have, matched by name.
+
+    Raises:
+      ValueError: if names or shapes differ: the code of the network has changed since.
+    """
+    like, found = abstract_state(parts).params, paths.named_leaves(found)
+    wanted = paths.named_leaves(like)
+    wrong = sorted(set(wanted) ^ set(found)) or [n for n in wanted if wanted[n].shape != found[n].shape]
+    if wrong:
+        raise ValueError(f"the checkpoint does not fit the network, whose code has changed since: {', '.join(wrong)}")
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[paths.name(path)], like)
+
+
+def choose_ema(config: ConfigDict, ema: str | None) -> str:
+    """The key of the average to use: `ema` if the config has it, the first one (or `"raw"` without any) for None.
+
+    Raises:
+      ConfigError: for an average that the run does not keep.
+    """
+    known = (*config.ema, RAW)
+    if ema is None:
+        return known[0]
+    if ema not in known:
+        raise ConfigError(f"unknown ema {ema!r}; this run keeps: {', '.join(known)}{registry.nearest(ema, known)}")
+    return ema
