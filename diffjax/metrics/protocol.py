@@ -62,7 +62,15 @@ def report(samples, labels, protocol: Protocol) -> dict[str, float]:
     Raises:
       ValueError: for samples that are not integers in range or not of the data's shape, or labels of another length.
     """
+    from threadpoolctl import threadpool_limits
+
     samples = _samples(samples, protocol)
+    # On a busy machine BLAS threads wait for each other, and matrices of a thousand rows take ten times as long.
+    with threadpool_limits(1):
+        return _distances(samples, protocol) | _judged(samples, labels, protocol)
+
+
+def _distances(samples: np.ndarray, protocol: Protocol) -> dict[str, float]:
     pixels, train, heldout = (_unit(x, protocol.high) for x in (samples, protocol.train, protocol.heldout))
     out = {}
     seen = {name: (fn(samples), fn(protocol.heldout)) for name, fn in protocol.features.items()}
@@ -75,12 +83,19 @@ def report(samples, labels, protocol: Protocol) -> dict[str, float]:
     first = next(iter(seen.values()), (pixels, heldout))
     out["precision"], out["recall"] = precision_recall(*first)
     out["density"], out["coverage"] = density_coverage(*first)
-    if protocol.judge is not None:
-        probabilities = protocol.judge(samples)
-        out["inception_score"] = inception_score(probabilities)
-        out["class_tv"] = class_tv(probabilities, protocol.heldout_labels)
-        if labels is not None:
-            out["accuracy"] = accuracy(probabilities, labels)
+    return out
+
+
+def _judged(samples: np.ndarray, labels, protocol: Protocol) -> dict[str, float]:
+    if protocol.judge is None:
+        return {}
+    probabilities = protocol.judge(samples)
+    out = {
+        "inception_score": inception_score(probabilities),
+        "class_tv": class_tv(probabilities, protocol.heldout_labels),
+    }
+    if labels is not None:
+        out["accuracy"] = accuracy(probabilities, labels)
     return out
 
 
