@@ -19,7 +19,7 @@ ALLOWED = {
     "nn": {"flax", "diffjax.nn"},
     "models": {"flax", "diffjax.nn", "diffjax.models", "diffjax.core.types", "diffjax.registry"},
     "data": {"grain", "sklearn", "scipy", "diffjax.data", "diffjax.registry"},
-    "metrics": {"sklearn", "scipy", "diffjax.metrics", "diffjax.data"},
+    "metrics": {"sklearn", "scipy", "threadpoolctl", "diffjax.metrics", "diffjax.data", "diffjax.registry"},
     "viz": {"matplotlib", "diffjax.viz"},
 }
 
