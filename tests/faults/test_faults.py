@@ -1,0 +1,142 @@
+"""Runs that are killed at random moments, or whose files are damaged, end with the bits of the undisturbed run."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffjax import cli
+from diffjax.train.checkpoint import open_checkpoints
+
+ROOT = Path(__file__).parents[2]
+STEPS = 120
+EVERY = 10
+SETTINGS = {
+    "num_steps": STEPS,
+    "checkpoint_every": EVERY,
+    "log_every": 20,
+    "augment": "('shift(pixels=1)',)",
+    "batch_size": 16,
+    "model.width": 16,
+    "model.depth": 1,
+    "ema": "('power(std=0.1)', 'decay(0.99)')",
+}
+
+
+def command(workdir):
+    flags = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    return ["train", f"--config={ROOT / 'configs' / 'digits_mlp.py'}", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """`launch(workdir)` starts `diffjax train` in a process of its own, forked after the imports to save seconds."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffjax.train.loop", "diffjax.data", "diffjax.models", "sklearn.datasets"])
+
+    def start(workdir):
+        process = context.Process(target=cli.main, args=(command(workdir),))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    finish(launch, workdir)
+    return content(workdir)
+
+
+def finish(launch, workdir):
+    process = launch(workdir)
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def saved(workdir):
+    return open_checkpoints(workdir / "checkpoints").steps()
+
+
+def content(workdir):
+    """The last checkpoint: every leaf's bytes and the state of the data iterator."""
+    checkpoints = open_checkpoints(workdir / "checkpoints")
+    info = checkpoints.info(STEPS)
+    leaves = {}
+    for part in ("params", "ema/power(std=0.1)", "ema/decay(0.99)", "opt_state"):
+        step, tree = checkpoints.restore_part(part)
+        assert step == STEPS
+        leaves |= {(part, *path): np.asarray(leaf).tobytes() for path, leaf in flat(tree)}
+    assert len(leaves) + 1 == len(info["leaves"])
+    return {"leaves": leaves, "checksums": info["leaves"], "iterator": info["iterator"]}
+
+
+def flat(tree, path=()):
+    for key, value in tree.items():
+        yield from flat(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+
+
+def kill_after(launch, workdir, step, delay):
+    """Kills a run `delay` seconds after its checkpoint of `step`, while it trains on."""
+    process = launch(workdir)
+    deadline = time.monotonic() + 120
+    while not any(s >= step for s in saved(workdir)):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+
+
+def test_three_kills_and_a_damaged_checkpoint(launch, undisturbed, tmp_path):
+    rng = random.Random(0)
+    workdir = tmp_path / "killed"
+    for step in (2 * EVERY, 4 * EVERY, 7 * EVERY):
+        # A save takes tens of milliseconds, so some of the kills land inside one.
+        kill_after(launch, workdir, step, rng.uniform(0, 0.05))
+    damaged = Path(shutil.copytree(workdir, tmp_path / "damaged"))
+    assert max(saved(workdir)) < STEPS
+    finish(launch, workdir)
+    assert content(workdir) == undisturbed
+
+    before, last = saved(damaged)[-2:]
+    for file in (damaged / "checkpoints" / str(last) / "state").rglob("d/*"):
+        file.write_bytes(bytes(file.stat().st_size))
+    done = subprocess.run(
+        [sys.executable, "-m", "diffjax", *command(damaged)], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoints/{last} is damaged: leaf '" in done.stderr
+    assert content(damaged) == undisturbed
+
+
+@pytest.mark.faults
+def test_a_hundred_kills(launch, undisturbed, tmp_path):
+    rng = random.Random(1)
+    start = time.monotonic()
+    finish(launch, tmp_path / "timed")
+    whole = time.monotonic() - start
+    kills, rounds = 0, 0
+    while kills < 100:
+        workdir = tmp_path / f"round{rounds}"
+        rounds += 1
+        while not (workdir.exists() and STEPS in saved(workdir)):
+            process = launch(workdir)
+            # From before the folder is made to after the last step.
+            process.join(rng.uniform(0.0, 1.2 * whole) if kills < 100 else 300)
+            if process.is_alive():
+                process.kill()
+                kills += 1
+            process.join()
+        finish(launch, workdir)
+        assert content(workdir) == undisturbed
