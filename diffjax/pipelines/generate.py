@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffjax.pipelines.sampler import Cost, Settings, compile_sampler, cost, grid, in_batches, settings_of
+from diffjax.pipelines.sampler import Cost, Settings, compile_counter, compile_sampler, grid, in_batches, settings_of
 
 
 class Samples(NamedTuple):
@@ -27,6 +28,7 @@ class Samples(NamedTuple):
       settings: of the sampler.
       cost: of one sample.
       seconds: wall clock of the drawing, compilation included.
+      path: the states and the predictions of x0 of the first samples, both `[steps, up to 3, H, W, C]`.
       files: what was written.
     """
 
@@ -37,15 +39,15 @@ class Samples(NamedTuple):
     settings: Settings
     cost: Cost
     seconds: float
+    path: tuple[np.ndarray, np.ndarray]
     files: tuple[Path, ...] = ()
 
 
 def generate(
     workdir: str | os.PathLike,
     *,
-    num: int | None = None,
     classes: Sequence[int] | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] = tuple(range(10)),
     solver: str | None = None,
     steps: int | None = None,
     spacing: str | None = None,
@@ -56,23 +58,22 @@ def generate(
     batch_size: int = 128,
     out: str | os.PathLike | None = None,
 ) -> Samples:
-    """Draws samples from the run in `workdir` and writes `samples.npz` and `samples.png`; what was drawn comes back.
+    """Draws one sample of every class for every seed from the run in `workdir`, as an npz and a picture; returns them.
 
-    What is None is taken from the run's `config.sample`.
+    One line on stdout says what was drawn and where it is. What is None is taken from the run's `config.sample`.
 
     Args:
       workdir: of a training run.
-      num: how many; default one per seed, else ten per class.
-      classes: labels, repeated in turn over the samples; default all of them.
-      seeds: one integer per sample; default 0, 1, 2, ...
+      classes: labels, the columns of the picture; default all of them.
+      seeds: integers, its rows: the samples of a row start from the same noise.
       solver, steps, spacing, guidance, interval: see `Settings`.
       ema: which average of the parameters; default the run's first.
       step: which checkpoint; default the newest.
       batch_size: samples in one call.
-      out: folder, default `workdir/samples`.
+      out: a folder, or a `.png` or `.npz` file whose twin is written beside it; default `workdir/samples`.
 
     Raises:
-      ValueError: for a number of seeds that is not `num`, a class that the data does not have, or wrong settings.
+      ValueError: for a class that the data does not have, no seed, or wrong settings.
     """
     from diffjax.train.state import load_run
 
@@ -81,14 +82,16 @@ def generate(
         run.config.sample, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
     )
     chosen = check_classes(classes, run.dataset.num_classes)
-    if seeds is None:
-        seeds = np.arange(10 * len(chosen) if num is None else num)
-    if num is not None and len(seeds) != num or len(seeds) == 0:
-        raise ValueError(f"{len(seeds)} seeds for num={num}: give one seed for each sample, at least one, or num alone")
-    labels = np.resize(np.asarray(chosen, np.int32), len(seeds))
-    samples = draw_samples(run, settings, seeds, labels, batch_size=batch_size, show="sampling")
-    folder = Path(out) if out is not None else Path(workdir) / "samples"
-    return samples._replace(files=write(folder, samples, run, columns=min(len(chosen), len(seeds)), ema=ema))
+    if not len(seeds):
+        raise ValueError("seeds: none were given; one seed gives one sample of every class")
+    every, labels = np.repeat(np.asarray(seeds), len(chosen)), np.tile(np.asarray(chosen, np.int32), len(seeds))
+    samples = draw_samples(run, settings, every, labels, batch_size=batch_size, show="sampling")
+    base = Path(out) if out is not None else Path(workdir) / "samples"
+    base = base.with_suffix("") if base.suffix in (".png", ".npz") else base / "samples"
+    samples = samples._replace(files=write(base, samples, run, columns=len(chosen), ema=ema))
+    where = ", ".join(map(str, samples.files))
+    sys.stdout.write(f"{len(every)} samples: {describe(settings, samples.cost)}, {samples.seconds:.1f} s -> {where}\n")
+    return samples
 
 
 def check_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
@@ -106,8 +109,26 @@ def check_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
     return list(classes)
 
 
+class Program(NamedTuple):
+    """A sampler and its counter, compiled once for all grids of one length and all guidance scales but 1.
+
+    Attributes:
+      draw: as from `compile_sampler`, traced: the way of the first three samples of a batch comes with it.
+      count: as from `compile_counter`.
+    """
+
+    draw: Callable
+    count: Callable
+
+
+def compile_program(run, settings: Settings) -> Program:
+    """The `Program` of `settings`; its guidance scale only decides whether there is any guidance."""
+    trace = lambda info: (info.x[:3], info.prediction.x0[:3])
+    return Program(compile_sampler(run, settings, trace=trace), compile_counter(run, settings))
+
+
 def draw_samples(
-    run, settings: Settings, seeds, labels, *, batch_size: int = 128, show: str = "", draw=None, length=None
+    run, settings: Settings, seeds, labels, *, batch_size=128, show="", program: Program | None = None, length=None
 ) -> Samples:
     """Samples of a run, one for each seed and label, nothing written.
 
@@ -117,19 +138,26 @@ def draw_samples(
       seeds: `[N]` integers.
       labels: `[N]` integers.
       batch_size: samples in one call.
-      show: heading of a progress bar; none when empty.
-      draw: a compiled sampler to use again, from `compile_sampler` with the same solver and interval.
-      length: steps to pad the grid to, for samplers that are used again with other numbers of steps.
+      show: heading of a progress bar on a terminal; none when empty.
+      program: to use again, from `compile_program` with the same solver and interval.
+      length: steps to pad the grid to, for a program that is used again with other numbers of steps.
     """
-    draw = draw or compile_sampler(run, settings)
-    levels = grid(run, settings, length=length)
+    program = program or compile_program(run, settings)
+    levels, paths = grid(run, settings, length=length), []
+
+    def one(keys, labels):
+        x0, path = program.draw(run.params, keys, labels, levels, settings.guidance)
+        paths.append(path)
+        return x0
+
     begun = time.perf_counter()
-    bar = (lambda batches: tqdm(batches, desc=show, unit="batch", leave=False)) if show else iter
-    one = lambda keys, labels: draw(run.params, keys, labels, levels, settings.guidance)
+    bar = (lambda batches: tqdm(batches, desc=show, unit="batch", leave=False, disable=None)) if show else iter
     x = in_batches(one, seeds, labels, batch_size=batch_size, progress=bar)
     seconds = time.perf_counter() - begun
     images, labels = np.asarray(run.dataset.to_pixels(x)), np.asarray(labels, np.int32)
-    return Samples(x, images, labels, np.asarray(seeds), settings, cost(run, settings), seconds)
+    shown = min(3, len(labels))
+    path = tuple(np.asarray(part)[: settings.steps, :shown] for part in paths[0])
+    return Samples(x, images, labels, np.asarray(seeds), settings, program.count(levels), seconds, path)
 
 
 def largest_pixel(dataset) -> int:
@@ -145,24 +173,26 @@ def describe(settings: Settings, spent: Cost) -> str:
     return f"{settings.solver}, {spent.steps} steps, {guidance}: {spent.evaluations} network evaluations per sample"
 
 
-def write(folder: Path, samples: Samples, run, *, columns: int, ema: str | None = None) -> tuple[Path, ...]:
-    """Writes `samples.npz` and `samples.png` into `folder`, made where missing; the two paths come back."""
+def write(base: Path, samples: Samples, run, *, columns: int, ema: str | None = None) -> tuple[Path, ...]:
+    """Writes `base.npz` and `base.png`, the folder made where missing; the two paths come back."""
     from diffjax import __version__, viz
 
-    folder.mkdir(parents=True, exist_ok=True)
+    base.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "settings": samples.settings._asdict(), "cost": samples.cost._asdict(), "step": int(run.step), "ema": ema,
         "data": run.config.data, "diffjax": __version__, "jax": jax.__version__,
     }
-    npz = folder / "samples.npz"
+    npz = base.with_name(base.name + ".npz")
     np.savez_compressed(
         npz, images=samples.images, x=samples.x, labels=samples.labels, seeds=samples.seeds,
         settings=np.array(json.dumps(facts)),
     )
-    names = [str(label) for label in samples.labels[:columns]] if run.dataset.num_classes else ()
+    classes = run.dataset.num_classes
     figure = viz.image_grid(
-        samples.images, columns=columns if run.dataset.num_classes else min(10, len(samples.images)),
-        column_labels=names, max_value=largest_pixel(run.dataset), title=f"Samples after {run.step} training steps",
+        samples.images, columns=columns if classes else min(10, len(samples.images)),
+        column_labels=[str(label) for label in samples.labels[:columns]] if classes else (),
+        row_labels=[f"seed {seed}" for seed in samples.seeds[::columns]] if classes else (),
+        max_value=largest_pixel(run.dataset), title=f"Samples after {run.step} training steps",
         note=describe(samples.settings, samples.cost),
     )
-    return npz, viz.save(figure, folder / "samples.png")
+    return npz, viz.save(figure, base.with_name(base.name + ".png"))

@@ -172,25 +172,38 @@ def make_sampler(
     return lambda params, keys, labels: draw(params, keys, labels, levels, settings.guidance)
 
 
-def cost(run, settings: Settings, *, length: int | None = None) -> Cost:
-    """The exact cost of one sample, counted: the same sampler runs on one value with a network that counts its calls.
+def compile_counter(run, settings: Settings, *, guided: bool | None = None) -> Callable[[Level], Cost]:
+    """`levels -> Cost` of one sample, counted: the sampler runs on one value with a network that counts its calls.
 
     Nothing is assumed about the solver. Where guidance acts, and steps that are skipped, are counted as they happen.
+    Grids of one length share one compilation.
     """
-    levels, sizes = grid(run, settings, length=length), []
+    sizes: list[int] = []
+    guided = settings.guidance != 1 if guided is None else guided
+    solver: Solver = registry.build(settings.solver, SOLVERS, "solver")
+    labels = jnp.zeros(1, jnp.int32) if run.dataset.num_classes else None
 
     def counting(x, t, y):
         # Of the level, so that no compiler hoists the call out of the loop.
         jax.debug.callback(lambda _: sizes.append(len(x)), t)
         return x
 
-    labels = jnp.zeros(1, jnp.int32) if run.dataset.num_classes else None
-    solver: Solver = registry.build(settings.solver, SOLVERS, "solver")
-    denoise = guided_denoiser(run, counting, labels, settings)
-    jax.block_until_ready(jax.jit(lambda x: sample(solver, denoise, x, levels, jax.random.key(0)))(jnp.ones((1, 1))))
-    jax.effects_barrier()
-    moving = np.diff(levels.alpha).astype(bool) | np.diff(levels.sigma).astype(bool)
-    return Cost(int(moving.sum()), len(sizes), sum(sizes))
+    denoise = guided_denoiser(run, counting, labels, settings._replace(guidance=2.0 if guided else 1.0))
+    walk = jax.jit(lambda levels: sample(solver, denoise, jnp.ones((1, 1)), levels, jax.random.key(0)))
+
+    def count(levels):
+        sizes.clear()
+        jax.block_until_ready(walk(levels))
+        jax.effects_barrier()
+        moving = np.diff(levels.alpha).astype(bool) | np.diff(levels.sigma).astype(bool)
+        return Cost(int(moving.sum()), len(sizes), sum(sizes))
+
+    return count
+
+
+def cost(run, settings: Settings, *, length: int | None = None) -> Cost:
+    """The exact cost of one sample, counted as in `compile_counter`; padding to `length` steps does not change it."""
+    return compile_counter(run, settings)(grid(run, settings, length=length))
 
 
 def keys_of(seeds) -> jax.Array:

@@ -1,0 +1,319 @@
+"""`diffjax eval`: samples against held-out data and baselines, as one table, `report.json` and pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from diffjax import registry, viz
+from diffjax.pipelines import judge as judges
+from diffjax.pipelines import report as reports
+from diffjax.pipelines.generate import Samples, compile_program, describe, draw_samples, largest_pixel
+from diffjax.pipelines.judge import Judge
+from diffjax.pipelines.sampler import Settings, grid, settings_of
+
+# Network evaluations of the sweep; Heun takes the steps whose 2 n - 1 evaluations come closest from below.
+SWEEP = {"ddim()": (5, 10, 20, 50), "heun()": (5, 10, 20, 35), "dpmpp_2m()": (5, 10, 20, 35)}
+NAMES = {
+    "floor": "floor: the real training images",
+    "memoriser": "training images, drawn again",
+    "class_gaussian": "a Gaussian per class",
+    "gmm10_full": "mixture of 10 Gaussians",
+    "gaussian": "one Gaussian",
+}
+DRAWN = (NAMES["memoriser"], NAMES["class_gaussian"])
+SCALES = (0.0, 1.0, 1.5, 2.0, 4.0)
+GUIDANCE_STEPS = 10
+# Seeds of two repetitions never meet.
+SEED_STRIDE = 1_000_000
+
+
+def evaluate(
+    workdir: str | os.PathLike,
+    *,
+    num_samples: int | None = None,
+    seeds: int | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    solver: str | None = None,
+    steps: int | None = None,
+    spacing: str | None = None,
+    guidance: float | None = None,
+    interval: tuple[float, float] | None = None,
+    ema: str | None = None,
+    step: int | None = None,
+    out: str | os.PathLike | None = None,
+) -> dict:
+    """Evaluates the run in `workdir`, shows one table on stdout and writes the rest; the report comes back.
+
+    Into `workdir/eval` go `report.json`, `samples.npz` (`images uint8`, `labels`, `split_seed`), `grid.png`,
+    `neighbours.png`, `strip.png`, `loss.png`, and unless `quick` also `guidance.png` and `nfe.png`. What is None comes
+    from the run's config.
+
+    Args:
+      workdir: of a training run.
+      num_samples: samples of each repetition; classes come as often as in the held-out data.
+      seeds: repetitions with other noise; with more than one the table has mean and standard deviation.
+      seed: of the first repetition.
+      quick: leave out the sweeps over guidance and over the number of network evaluations.
+      solver, steps, spacing, guidance, interval: see `Settings`.
+      ema: which average of the parameters.
+      step: which checkpoint.
+      out: folder in place of `workdir/eval`.
+    """
+    from diffjax.train.state import load_run
+
+    clock = [("start", time.perf_counter())]
+    lap = lambda name: clock.append((name, time.perf_counter()))
+    run = load_run(os.fspath(workdir), ema=ema, step=step)
+    settings = settings_of(
+        run.config.sample, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
+    )
+    num = run.config.eval.num_samples if num_samples is None else num_samples
+    repeats = run.config.eval.seeds if seeds is None else seeds
+    if num < 6 or repeats < 1:
+        raise ValueError(f"num_samples={num}, seeds={repeats}: expected at least 6 samples and 1 seed")
+    folder = Path(out) if out is not None else Path(workdir) / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    lap("load")
+    judge = judges.judge_of(run)
+    baselines = named(judges.rows(judge))
+    lap("baselines")
+    draw = sampling_program(run, math.ceil(num / max(1, round(num / run.config.eval.batch_size))))
+    labels = stratified(run.dataset, num)
+    drawn = [draw(settings, (seed + r) * SEED_STRIDE + np.arange(num), labels, "samples") for r in range(repeats)]
+    report = facts(run, settings, drawn, ema=ema, seed=seed) | scored(run, judge, settings, drawn)
+    report["rows"] |= baselines
+    lap("samples")
+    if not quick:
+        report |= sweeps(run, judge, draw, settings, drawn[0], report["rows"], folder)
+    lap("sweeps")
+    save_samples(folder, drawn, run)
+    pictures(folder, run, settings, drawn[0], judge, workdir)
+    lap("pictures")
+    report["seconds"] = {name: round(t - before, 2) for (_, before), (name, t) in zip(clock, clock[1:], strict=False)}
+    report["seconds"]["all"] = round(clock[-1][1] - clock[0][1], 2)
+    write_json(folder / "report.json", report)
+    sys.stdout.write(summary(report, folder))
+    return report
+
+
+def scored(run, judge: Judge, settings: Settings, drawn: list[Samples]) -> dict:
+    """The part of the report that judges the main samples: rows, each seed, floor and notes."""
+    asked = drawn[0].labels if run.dataset.num_classes else None
+    scores = [judges.score(judge, samples.images, asked) for samples in drawn]
+    return {
+        "rows": ours(settings, drawn[0], scores),
+        "each_seed": scores,
+        "floor": {"metric": judge.headline, "mean": judge.floor[0], "std": judge.floor[1]},
+        "notes": [*judge.notes, *notes_on_size(len(drawn[0].labels), len(judge.protocol.heldout))],
+    }
+
+
+def notes_on_size(num: int, heldout: int) -> list[str]:
+    """A warning where the number of samples makes distances incomparable with the floor's."""
+    if abs(num - heldout) <= 0.02 * heldout:
+        return []
+    return [f"{num} samples against {heldout} held-out images: Frechet distances and C2ST depend on both numbers, so "
+            f"compare with other rows only at {heldout} samples"]
+
+
+def stratified(dataset, num: int) -> np.ndarray:
+    """`[num] int32` labels in a mixed order, each class as often as among the held-out images (largest remainders).
+
+    All zeros for data without classes.
+    """
+    if not dataset.num_classes:
+        return np.zeros(num, np.int32)
+    found = np.array([int(dataset.heldout[i]["label"]) for i in range(len(dataset.heldout))])
+    share = np.bincount(found, minlength=dataset.num_classes) / len(found) * num
+    counts = np.floor(share).astype(int)
+    counts[np.argsort(counts - share, kind="stable")[: num - counts.sum()]] += 1
+    return np.random.default_rng(0).permutation(np.repeat(np.arange(dataset.num_classes), counts)).astype(np.int32)
+
+
+def sampling_program(run, batch_size: int) -> Callable:
+    """`(settings, seeds, labels, title) -> Samples`, which compiles a solver once for all lengths, scales and calls."""
+    compiled: dict = {}
+
+    def draw(settings: Settings, seeds, labels, title: str) -> Samples:
+        # DPM++ and DDIM up to 50 steps, Heun up to 18: longer grids get a length, and so a program, of their own.
+        length = max(settings.steps, *(steps_for(settings.solver, nfe) for nfe in SWEEP.get(settings.solver, (1,))))
+        key = (settings.solver, length, settings.guidance != 1, settings.interval)
+        if key not in compiled:
+            compiled[key] = compile_program(run, settings)
+        return draw_samples(
+            run, settings, seeds, labels, batch_size=batch_size, show=title, program=compiled[key], length=length
+        )
+
+    return draw
+
+
+def steps_for(solver: str, nfe: int) -> int:
+    """The most steps of `solver` that take at most `nfe` network calls (at least one step)."""
+    from diffjax.sampling import SOLVERS
+
+    calls = registry.build(solver, SOLVERS, "solver").nfe
+    return max([n for n in range(1, nfe + 1) if calls(n) <= nfe], default=1)
+
+
+def sweeps(run, judge: Judge, draw: Callable, settings: Settings, main: Samples, known_rows, folder) -> dict:
+    """`{"nfe": [...], "guidance": [...], ...}`: the scores of other solvers, lengths and scales, and their pictures.
+
+    All of them use the seeds and labels of `main`.
+    """
+    plain = settings._replace(guidance=1.0)
+    points = [(name, steps_for(name, nfe)) for name, all_nfe in SWEEP.items() for nfe in all_nfe]
+    known = {} if settings != plain else {(settings.solver, settings.steps): main}
+    rows = []
+    for name, n in tqdm(points, desc="solvers", unit="setting", leave=False, disable=None):
+        if (name, n) not in known:
+            known[name, n] = draw(plain._replace(solver=name, steps=n), main.seeds, main.labels, "")
+        samples = known[name, n]
+        rows.append({"solver": name, "steps": n, "nfe": samples.cost.evaluations, "seconds": samples.seconds}
+                    | judges.brief(judge, samples.images, main.labels))
+    found = {"nfe": rows, "few_step_ratio": few_step_ratio(rows, judge.headline)}
+    curves = {name: [(row["nfe"], row[judge.headline]) for row in rows if row["solver"] == name] for name in SWEEP}
+    lines = {name: row[judge.headline] for name, row in known_rows.items() if name in DRAWN}
+    figure = viz.quality_curves(
+        curves, floor=judge.floor, lines=lines, ylabel=f"{judge.heading} (low is good)",
+        title="Sample quality against the number of network evaluations, without guidance",
+    )
+    viz.save(figure, folder / "nfe.png")
+    if run.dataset.num_classes:
+        found["guidance"] = sweep_guidance(run, judge, draw, settings, main, known, folder)
+    return found
+
+
+def few_step_ratio(rows: list[dict], headline: str) -> float | None:
+    """Distance of DPM++ 2M at 10 evaluations over that of Heun at 35: what the few steps cost."""
+    value = {(row["solver"], row["nfe"]): row[headline] for row in rows}
+    few, many = value.get(("dpmpp_2m()", 10)), value.get(("heun()", 35))
+    return few / many if few is not None and many else None
+
+
+def sweep_guidance(run, judge, draw, settings, main, known, folder) -> list[dict]:
+    """The scores at every scale of `SCALES` with DPM++ 2M in few steps, and `guidance.png`."""
+    base = settings._replace(solver="dpmpp_2m()", steps=GUIDANCE_STEPS, guidance=1.0)
+    panels, rows = [], []
+    for scale in tqdm(SCALES, desc="guidance", unit="scale", leave=False, disable=None):
+        if scale == 1 and (base.solver, base.steps) in known:
+            samples = known[base.solver, base.steps]
+        elif scale == 0:
+            # The null class everywhere: half the calls, and no class even outside the interval.
+            nobody = np.full_like(main.labels, run.dataset.num_classes)
+            samples = draw(base, main.seeds, nobody, "")._replace(labels=main.labels)
+        else:
+            samples = draw(base._replace(guidance=scale), main.seeds, main.labels, "")
+        scores = judges.brief(judge, samples.images, main.labels)
+        panels.append((scale, samples, scores))
+        rows.append({"scale": scale, "nfe": samples.cost.evaluations} | scores)
+    lo, hi = settings.interval
+    where = "at every level" if (lo, hi) == (0, math.inf) else f"on sigma / alpha in ({lo:g}, {hi:g}]"
+    reports.draw_guidance(
+        folder, panels, num_classes=run.dataset.num_classes, max_value=largest_pixel(run.dataset),
+        note=f"DPM++ 2M, {GUIDANCE_STEPS} steps, guidance {where}; numbers are over {len(main.labels)} samples.",
+    )
+    return rows
+
+
+def pictures(folder: Path, run, settings: Settings, samples: Samples, judge: Judge, workdir) -> None:
+    """`grid.png`, `neighbours.png`, `strip.png`, and `loss.png` where the run logged a loss."""
+    shared = dict(num_classes=run.dataset.num_classes, max_value=largest_pixel(run.dataset))
+    reports.draw_grid(folder, samples, note=describe(settings, samples.cost), **shared)
+    reports.draw_neighbours(folder, samples, judge.train, judge.heldout, **shared)
+    begin = grid(run, settings).at(slice(None, -1))
+    viz.save(viz.denoising_strip(*samples.path, begin.alpha, begin.sigma), folder / "strip.png")
+    log = Path(workdir) / "metrics.jsonl"
+    metrics = viz.read_metrics(log) if log.exists() else {}
+    if "loss" in metrics:
+        viz.save(viz.loss_curves(metrics), folder / "loss.png")
+
+
+def save_samples(folder: Path, drawn: list[Samples], run) -> None:
+    """`samples.npz`: the images of all repetitions as the data's integers, their labels, seeds and the split."""
+    _, args, kwargs = registry.parse(run.config.data)
+    split = kwargs.get("split_seed", args[0] if args and isinstance(args[0], int) else 0)
+    np.savez_compressed(
+        folder / "samples.npz", images=np.concatenate([s.images for s in drawn]),
+        labels=np.concatenate([s.labels for s in drawn]), seeds=np.concatenate([s.seeds for s in drawn]),
+        split_seed=split,
+    )
+
+
+def ours(settings: Settings, samples: Samples, scores: list[dict]) -> dict:
+    """The rows of the model: its metrics, or with several seeds their mean and, in a second row, standard deviation."""
+    name = f"ours: {settings.solver}, {samples.cost.evaluations} NFE"
+    if len(scores) == 1:
+        return {name: scores[0]}
+    over = lambda f: {key: float(f([each[key] for each in scores])) for key in scores[0]}
+    return {name: over(np.mean), f"  std of {len(scores)} seeds": over(lambda v: np.std(v, ddof=1))}
+
+
+def named(baselines: Mapping[str, Mapping]) -> dict:
+    """The rows of the baselines under names that a stranger understands, the floor first."""
+    return {NAMES.get(key, key): row for key, row in baselines.items()}
+
+
+def facts(run, settings: Settings, drawn: list[Samples], *, ema, seed: int) -> dict:
+    """What the numbers depend on: run, settings, cost, versions, device."""
+    from importlib.metadata import version
+
+    from diffjax import __version__
+
+    text = json.dumps(run.config.to_dict(), sort_keys=True, default=str)
+    packages = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn")
+    return {
+        "data": run.config.data, "step": int(run.step), "ema": ema or (run.config.ema[0] if run.config.ema else "raw"),
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(), "num_samples": len(drawn[0].labels),
+        "seeds": [seed + r for r in range(len(drawn))], "settings": settings._asdict(), "cost": drawn[0].cost._asdict(),
+        "sampling_seconds": [round(samples.seconds, 3) for samples in drawn],
+        "versions": {"diffjax": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "cpus": os.cpu_count(),
+    }
+
+
+def write_json(path: Path, report: dict) -> None:
+    """Writes strict JSON in one move, so that a reader never sees half a report; infinities become strings."""
+    def strict(value):
+        if isinstance(value, Mapping):
+            return {str(key): strict(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [strict(item) for item in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(strict(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def summary(report: dict, folder: Path) -> str:
+    """The text for the terminal: the table, the distance in floors, what the samples cost, and where the rest is."""
+    title = f"{report['num_samples']} samples of {report['data']}, compared with the held-out images"
+    floor, metric = report["floor"], report["floor"]["metric"]
+    value = next(iter(report["rows"].values()))[metric]
+    spent, seconds = report["cost"], report["sampling_seconds"][0]
+    lines = [
+        reports.table(report["rows"], title=title),
+        *(f"note: {note}" for note in report["notes"]),
+        f"{reports.SHOWN[metric][0]} is {value / floor['mean']:.2f} times the floor: two parts of the real images are "
+        f"{floor['mean']:.3f} +- {floor['std']:.3f} apart",
+        f"{spent['steps']} steps, {spent['evaluations']} network evaluations per sample (NFE); {seconds:.1f} s for all",
+    ]
+    if report.get("few_step_ratio") is not None:
+        lines.append(f"DPM++ 2M at 10 NFE has {report['few_step_ratio']:.2f} times the distance of Heun at 35 NFE")
+    lines.append(f"report, samples and pictures: {folder} ({report['seconds']['all']:.0f} s)")
+    return "\n".join(lines) + "\n"
