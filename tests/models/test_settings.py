@@ -1,0 +1,55 @@
+"""Settings that make no network are refused with the nearest that do, before anything is allocated."""
+
+import pytest
+
+from diffjax.models import MODELS, preset
+from diffjax.registry import build
+
+WRONG = [
+    ("dit(patch=3)", "patch=3 does not divide the image sides 16, 24; the nearest that does is patch=2"),
+    ("dit(width=30, heads=4)", "heads=4 does not divide the width 30; the nearest that does is heads=3"),
+    ("dit(width=30, heads=3)", "the nearest is width=32"),
+    ("dit(depth=-1)", "depth=-1: expected an integer >= 1"),
+    ("dit(depth=1.5)", "depth=1.5: expected an integer >= 1"),
+    ("dit(patch=0)", "patch=0: expected an integer >= 1"),
+    ("dit(mlp_ratio=0)", "mlp_ratio=0: expected a positive number"),
+    ("dit(mlp_ratio=float)", "literals"),
+    ("dit(dtype='bf16')", "dtype='bf16': known: float32, bfloat16, float16; did you mean 'bfloat16'"),
+    ("dit(dropout=1.0)", r"dropout=1.0: expected a rate in \[0, 1\)"),
+    ("dit(time_embed='sinusoid')", "did you mean 'sinusoidal'"),
+    ("dit(head=4)", "did you mean 'heads'"),
+    ("mlp(width=15)", "15 channels for the time embedding"),
+    ("mlp(depth=-2)", "depth=-2: expected an integer >= 0"),
+    ("mlp(expand=0)", "expand=0: expected an integer >= 1"),
+    (
+        "unet(width=20, mults=(1, 2), groups=8, attention=())",
+        "groups=8 does not divide the channels 20, 40; .*groups=10",
+    ),
+    ("unet(width=32, head_width=48, attention=())", "head_width=48 does not divide the channels 64; .*head_width=32"),
+    ("unet(attention=(12,))", r"attention at 12, but the feature maps have heights \[16, 8, 4, 2\]; did you mean 16"),
+    ("unet(mults=(1, 1, 1, 1, 1))", "5 levels need sides divisible by 16, got 16x24; use at most 4 mults"),
+    ("unet(mults=())", r"mults=\(\): expected a factor"),
+    ("unet(mults=(1, 0.5))", "mults=0.5: expected an integer >= 1"),
+    ("unet(blocks=0)", "blocks=0: expected an integer >= 1"),
+    ("vit()", "unknown model 'vit'.*did you mean 'dit'"),
+]
+
+
+@pytest.mark.parametrize("spec, message", WRONG)
+def test_wrong_settings(spec, message):
+    with pytest.raises(ValueError, match=message):
+        build(spec, MODELS, "model", shape=(16, 24, 3), num_classes=10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_shape_and_classes(name):
+    with pytest.raises(ValueError, match=r"shape=\(8, 8\): expected \(height, width, channels\)"):
+        MODELS[name](shape=(8, 8))
+    with pytest.raises(ValueError, match="num_classes=-1: expected an integer >= 0"):
+        MODELS[name](shape=(8, 8, 1), num_classes=-1)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="unknown preset 'dit_xl2'.*did you mean 'dit_xl_2'"):
+        preset("dit_xl2")
+    assert preset("dit_s_4", dropout=0.1) == preset("dit_s_4") | {"dropout": 0.1}
