@@ -98,9 +98,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str,
     )
     for flag, settings in command.flags:
         parser.add_argument(flag, **settings)
-    takes_config = any(flag == "--config" for flag, _ in command.flags)
-    overrides, rest = _overrides(argv) if takes_config else ({}, list(argv))
-    if takes_config:
+    overrides, rest = _overrides(argv) if command.flags else ({}, list(argv))
+    if command.flags:
         shown = "sets one key of the config, such as --config.optim.lr=1e-3"
         parser.add_argument("--config.KEY", dest="ignored", metavar="VALUE", help=shown)
     try:
@@ -157,6 +156,29 @@ def given_config(arguments, overrides):
     return config
 
 
+def run_settings(workdir: str, overrides: dict[str, str], groups: Sequence[str]) -> dict:
+    """The values that `--config.GROUP.KEY=VALUE` overrides give to settings of a trained run, by last part of the key.
+
+    Raises:
+      UsageError: for a key outside the groups: the rest of a trained run's config is what its parameters mean.
+    """
+    if not overrides:
+        return {}
+    from diffjax.train import config as configs
+    from diffjax.train.state import read_config
+
+    config, values = read_config(workdir), {}
+    for key, text in overrides.items():
+        if key.split(".")[0] not in groups:
+            allowed = " and ".join(f"config.{group}.*" for group in groups)
+            raise UsageError(f"--config.{key}: the run is trained already; only {allowed} can be changed here")
+        configs.override(config, key, text)
+    filled = configs.flat(configs.fill(config))
+    for key in overrides:
+        values[key.split(".")[-1]] = filled[key]
+    return values
+
+
 def train(arguments, overrides) -> int:
     """`diffjax train`."""
     workdir = required(arguments, "workdir", "runs/digits")
@@ -171,8 +193,9 @@ def train(arguments, overrides) -> int:
 def evaluate(arguments, overrides) -> int:
     """`diffjax eval`."""
     workdir = required(arguments, "workdir", "runs/digits")
-    names = ("ema", "step", "num_samples", "seeds", "solver", "steps", "spacing", "guidance", "interval")
-    options = _given(arguments, *names)
+    names = ("ema", "step", "num_samples", "seeds", "seed", "solver", "steps", "spacing", "guidance", "interval", "out")
+    options = run_settings(workdir, overrides, ("sample", "eval")) | _given(arguments, *names)
+    options["quick"] = arguments.quick
     from diffjax.pipelines.evaluate import evaluate as run
     from diffjax.train.loop import use_compile_cache
 
@@ -185,7 +208,7 @@ def sample(arguments, overrides) -> int:
     """`diffjax sample`."""
     workdir = required(arguments, "workdir", "runs/digits")
     names = ("ema", "step", "classes", "seeds", "solver", "steps", "spacing", "guidance", "interval", "out")
-    options = _given(arguments, *names)
+    options = run_settings(workdir, overrides, ("sample",)) | _given(arguments, *names)
     if arguments.num is not None:
         if "seeds" in options:
             raise UsageError("sample: --num and --seeds exclude each other; --num=4 is --seeds=0,1,2,3")
@@ -263,9 +286,12 @@ COMMANDS = {
             _WORKDIR,
             _EMA,
             ("--num_samples", dict(type=int, metavar="N", help="samples to draw for each seed")),
-            ("--seeds", dict(type=int, metavar="N", help="how many sampling seeds")),
+            ("--seeds", dict(type=int, metavar="N", help="repetitions with other noise")),
+            ("--seed", dict(type=int, metavar="S", help="seed of the first repetition; default 0")),
+            ("--quick", dict(action="store_true", help="leave out the sweeps over guidance and steps")),
             *_SAMPLING,
             _STEP,
+            ("--out", dict(metavar="DIR", help="where to write; default WORKDIR/eval")),
         ),
         evaluate,
     ),

@@ -95,11 +95,11 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
 def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Result:
     """The loop itself; the device is waited for at checkpoints, and one step late at every log line."""
     config, last = session.config, last_step(session.config)
-    window, pending, clock = session.empty(), None, Clock(step)
+    window, pending, clock, saved = session.empty(), None, Clock(step), step or None
     if step >= last:
         text = f"{session.workdir} is already at step {step} of {last}: nothing to do"
-        session.writer.write_texts(step, {"note": text})
-    while step < last and not (caught and step in session.checkpoints.steps()):
+        session.terminal.write_texts(step, {"note": text})
+    while step < last and not (caught and step == saved):
         with clock.waiting():
             batch = sharding.place_batch(next(session.iterator), session.mesh)
         state, window = session.step_fn(state, window, batch)
@@ -118,12 +118,13 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
                 pending = report(session, *pending)
             with clock.paused():
                 session.checkpoints.save(step, state, session.iterator, json.loads(configs.to_json(config)))
+            saved = step
             session.writer.flush()
     session.checkpoints.wait()
     if caught:
         name = signal.Signals(caught[0]).name
         text = f"{name}: saved step {step} of {last} in {session.workdir}; the same command goes on from there"
-        session.writer.write_texts(step, {"note": text})
+        session.terminal.write_texts(step, {"note": text})
     return Result(step, caught[0] if caught else None)
 
 
@@ -156,7 +157,8 @@ def bad_step_message(window: steps.Metrics, saved, workdir: str) -> str:
     return (
         f"step {int(window.bad_step) + 1} is not finite: loss {b.loss:.4g}, gradient norm {b.grad_norm:.4g}; "
         f"its batch: images min {b.min:.4g} mean {b.mean:.4g} max {b.max:.4g}, {100 * b.finite:.4g} % finite, "
-        f"labels {labels}; {good}, nothing later was saved; lower config.optim.lr, set config.optim.clip, or look at the data"
+        f"labels {labels}; {good}, nothing later was saved; lower config.optim.lr, set config.optim.clip, or look "
+        "at the data"
     )
 
 

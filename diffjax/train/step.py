@@ -84,7 +84,7 @@ def make_train_step(parts: Parts, config: ConfigDict) -> Callable[[TrainState, d
         step = state.step + 1
         ema = {spec: parts.ema[spec].update(average, params, step) for spec, average in state.ema.items()}
 
-        grad_norm, param_norm = optax.global_norm(grads), optax.global_norm(params)
+        grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         bins = jnp.digitize(logsnr, jnp.asarray(LOGSNR_EDGES))
         count = jax.nn.one_hot(bins, len(LOGSNR_EDGES) + 1)
@@ -161,8 +161,8 @@ def with_window(train_step: Callable) -> Callable:
 def scalars(window: Metrics) -> dict[str, float]:
     """What is logged of a fetched window: means over its steps, and over the samples in each bin of log-SNR."""
     steps = max(int(window.steps), 1)
-    inner = [f"{lo:g}_to_{hi:g}" for lo, hi in zip(LOGSNR_EDGES, LOGSNR_EDGES[1:], strict=False)]
-    bins = (f"below_{LOGSNR_EDGES[0]:g}", *inner, f"above_{LOGSNR_EDGES[-1]:g}")
+    ends = ("", *(f"{edge:g}" for edge in LOGSNR_EDGES), "")
+    bins = [f"{lo},{hi}" for lo, hi in zip(ends, ends[1:], strict=False)]
     values = {
         "loss": float(window.loss) / steps,
         "grad_norm": float(window.grad_norm) / steps,
@@ -170,5 +170,5 @@ def scalars(window: Metrics) -> dict[str, float]:
     }
     for name, total, count in zip(bins, window.bin_loss, window.bin_count, strict=True):
         if count:
-            values[f"loss_logsnr/{name}"] = float(total / count)
+            values[f"loss_logsnr[{name}]"] = float(total / count)
     return values

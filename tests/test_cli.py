@@ -1,0 +1,134 @@
+"""The command line as a user meets it: help, one-line errors with exit codes, and a run from start to end."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffjax import cli
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    f"--config={ROOT}/configs/digits_mlp.py:smoke",
+    "--config.model.width=8",
+    "--config.model.depth=1",
+    "--config.num_steps=4",
+    "--config.batch_size=8",
+    "--config.ema=decay(0.5)",
+]
+
+
+def run(capsys, *argv):
+    code = cli.main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_lists_every_command_and_flag_with_examples(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name}" in out and command.summary in out
+        code, text, _ = run(capsys, name, "--help")
+        assert code == 0 and "examples:" in text and f"diffjax {name}" in text
+        assert all(flag in text for flag, _ in command.flags)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["tran"], ["unknown command 'tran'", "train, eval, sample, inspect, doctor", "did you mean 'train'"]),
+        (["train", "--wrkdir=x"], ["unknown argument '--wrkdir'", "did you mean '--workdir'"]),
+        (["train", *TINY], ["--workdir is missing", "--workdir=runs/digits"]),
+        (["train", "--workdir=x"], ["--config is missing", "--config=configs/digits.py"]),
+        (["train", "--config=gone.py", "--workdir=x"], ["no file 'gone.py'"]),
+        (["train", *TINY, "--workdir=x", "--config.optim.lrr=1"], ["config.optim.lrr", "did you mean 'lr'"]),
+        (["train", *TINY, "--workdir=x", "--config.num_steps"], ["--config.KEY=VALUE"]),
+        (["train", *TINY, "--workdir=x", "--config.num_steps=-1"], ["config.num_steps is -1", "at least 1"]),
+        (["train", *TINY, "--workdir=x", "--config.optim.lr=fast"], ["config.optim.lr is 'fast'", "a float"]),
+        (["sample", "--workdir=x", "--steps=many"], ["--steps", "invalid int value: 'many'"]),
+        (["sample", "--workdir=x", "--seeds=0", "--num=2"], ["exclude each other"]),
+        (["sample", "--workdir=x"], ["holds no run"]),
+        (["eval", "--workdir=x"], ["holds no run"]),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == ""
+    assert err.startswith("diffjax: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    with pytest.raises(ValueError, match="holds no run"):
+        cli.main(["eval", "--workdir=nowhere", "--debug"])
+    monkeypatch.setenv("DIFFJAX_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown command"):
+        cli.main(["tran"])
+
+
+def test_train_resumes_refuses_and_reports(capsys, tmp_path):
+    workdir = f"--workdir={tmp_path}/run"
+    code, _, err = run(capsys, "train", *TINY, workdir, "--config.stop_at=2")
+    assert code == 0 and "step 2/2" in err
+    code, _, err = run(capsys, "train", *TINY, workdir)
+    assert code == 0 and "step 4/4" in err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["width"] == 8
+    code, _, err = run(capsys, "train", *TINY, workdir, "--config.optim.lr=0.5")
+    assert code == 2 and "optim.lr: 0.002 -> 0.5" in err
+    code, _, err = run(capsys, "sample", workdir, "--config.optim.lr=0.5")
+    assert code == 2 and "only config.sample.* can be changed here" in err
+
+
+def test_a_run_that_diverges_exits_with_1(capsys, tmp_path):
+    huge = ["--config.optim.name=sgd", "--config.optim.lr=1e30", "--config.optim.clip=0"]
+    code, _, err = run(capsys, "train", *TINY, *huge, f"--workdir={tmp_path}")
+    assert code == 1 and "is not finite" in err.splitlines()[-1]
+
+
+def test_inspect_counts_what_the_network_has(capsys):
+    code, out, _ = run(capsys, "inspect", *TINY, "--fast")
+    # Width 8, depth 1 on 8 x 8 x 1 pixels: the input layer alone is 64 x 8 weights and 8 biases.
+    assert code == 0 and '"width": 8' in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("inp/kernel"))
+    assert row[1:5] == ["(64,", "8)", "float32", "512"]
+    sizes = [int(re.split(r"\s{2,}", line)[3].replace(",", "")) for line in parameter_rows(out)]
+    total = next(line for line in out.splitlines() if line.startswith("total:"))
+    assert total.startswith(f"total: {sum(sizes):,} parameters")
+
+
+def parameter_rows(out):
+    lines = out.splitlines()
+    return lines[lines.index("parameters") + 2 : next(i for i, line in enumerate(lines) if line.startswith("total:"))]
+
+
+def test_inspect_compiles_the_step_for_its_flops(capsys):
+    code, out, _ = run(capsys, "inspect", *TINY)
+    line = next(line for line in out.splitlines() if "FLOPs" in line)
+    # At least forward and backward through the input layer: 3 products of 2 * 8 * 64 * 8 operations.
+    assert code == 0 and float(line.split(": ")[1].split()[0]) > 3 * 2 * 8 * 64 * 8
+
+
+def test_doctor_names_what_is_there(capsys):
+    import jax
+
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for word in (f"jax {jax.__version__}", "devices (cpu", "compile cache: ", "tensorboard: "):
+        assert word in out
+
+
+def test_python_m_diffjax_is_the_same_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "diffjax", "trian"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 2 and done.stderr.startswith("diffjax: unknown command 'trian'")
+    assert "Traceback" not in done.stderr
