@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
+from matplotlib.font_manager import FontProperties
 
 DPI = 100
 TITLE, TEXT = 11, 9
@@ -36,12 +37,12 @@ def pixels_of(points: float) -> float:
     return points * DPI / 72
 
 
+@lru_cache(maxsize=4096)
 def text_width(text: str, size: float = TEXT, weight: str = "normal") -> float:
-    """Width in pixels of the widest line of `text` in the default font at `size` points, as Agg draws it at most."""
-    widths = [TextPath((0, 0), line, size=size, prop={"weight": weight}).get_extents().width if line.strip() else 0.0
-              for line in text.split("\n")]
-    # Agg rounds every advance to a pixel, which makes a line up to 6 % wider than its outline.
-    return 1.06 * pixels_of(max(widths)) + 1
+    """Width in pixels of the widest line of `text` at `size` points in the default font, as Agg draws it."""
+    font = FontProperties(size=size, weight=weight)
+    ruler = RendererAgg(1, 1, DPI)
+    return max(ruler.get_text_width_height_descent(line, font, ismath=False)[0] for line in text.split("\n")) + 1
 
 
 def line_height(size: float = TEXT) -> float:
