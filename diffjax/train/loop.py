@@ -86,6 +86,10 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
         terminal = log.Terminal(stream or sys.stderr, last_step(config), step)
         writer = log.Several([terminal, *file_writers(config, workdir, step)])
         stack.callback(writer.close)
+        if step >= last_step(config):
+            text = f"{workdir} is already at step {step} of {last_step(config)}: nothing to do"
+            terminal.write_texts(step, {"note": text})
+            return Result(step, None)
         terminal.write_texts(step, {"note": "compiling the training step ..."})
         step_fn, empty = compile_step(config, parts, mesh, state_sharding)
         session = Session(config, parts, mesh, step_fn, empty, iterator, checkpoints, writer, terminal, workdir)
@@ -96,9 +100,6 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
     """The loop itself; the device is waited for at checkpoints, and one step late at every log line."""
     config, last = session.config, last_step(session.config)
     window, pending, clock, saved = session.empty(), None, Clock(step), step or None
-    if step >= last:
-        text = f"{session.workdir} is already at step {step} of {last}: nothing to do"
-        session.terminal.write_texts(step, {"note": text})
     while step < last and not (caught and step == saved):
         with clock.waiting():
             batch = sharding.place_batch(next(session.iterator), session.mesh)
