@@ -86,7 +86,7 @@ def quality_curves(
       ylabel: what is measured.
       title: the heading.
     """
-    figure, axes = _axes(760, 460, title, "network evaluations per sample (NFE)", ylabel)
+    figure, axes = _axes(820, 460, title, "network evaluations per sample (NFE)", ylabel)
     for colour, (name, points) in zip(COLOURS * 3, curves.items(), strict=False):
         nfe, values = zip(*sorted(points), strict=True)
         axes.plot(nfe, values, color=colour, lw=1.8, marker="o", ms=5, label=name)
@@ -97,7 +97,7 @@ def quality_curves(
     if floor is not None:
         mean, std = floor
         axes.axhspan(max(mean - std, mean / 2), mean + std, color="#b9c6d2", alpha=0.7, lw=0,
-                     label=f"floor: real training images ({mean:.2f})")
+                     label=f"floor: real images ({mean:.2f})")
     _plain_ticks(axes.xaxis)
     _plain_ticks(axes.yaxis)
     _legend(axes, len(curves) + len(lines or {}) + 1)
