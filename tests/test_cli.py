@@ -110,11 +110,9 @@ def parameter_rows(out):
     return lines[lines.index("parameters") + 2 : next(i for i, line in enumerate(lines) if line.startswith("total:"))]
 
 
-def test_inspect_compiles_the_step_for_its_flops(capsys):
+def test_inspect_compiles_the_step_for_its_memory(capsys):
     code, out, _ = run(capsys, "inspect", *TINY)
-    line = next(line for line in out.splitlines() if "FLOPs" in line)
-    # At least forward and backward through the input layer: 3 products of 2 * 8 * 64 * 8 operations.
-    assert code == 0 and float(line.split(": ")[1].split()[0]) > 3 * 2 * 8 * 64 * 8
+    assert code == 0 and "of temporary memory per device" in out
 
 
 def test_doctor_names_what_is_there(capsys):

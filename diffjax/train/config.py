@@ -321,7 +321,9 @@ def _merge(given: Mapping, default: ConfigDict, path: str) -> dict:
     unknown = [k for k in given if k not in default]
     if unknown:
         known = ", ".join(sorted(default))
-        hint = registry.nearest(unknown[0], default)
+        # A key that was written without its group is found too: lr is optim.lr.
+        inside = [key for key in flat(default) if registry.nearest(unknown[0], [key.split(".")[-1]])]
+        hint = registry.nearest(unknown[0], default) or (f"; did you mean {inside[0]!r}?" if inside else "")
         raise ConfigError(f"unknown key {path}.{unknown[0]}; known keys of {path}: {known}{hint}")
     merged = {}
     for key, value in default.items():

@@ -11,10 +11,13 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
 from diffjax.train import config as configs
 from diffjax.train import paths, sharding
+from diffjax.train import step as steps
+from diffjax.train.loop import abstract_batch, compile_step, use_compile_cache
 from diffjax.train.state import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy", "scikit-learn")
@@ -22,11 +25,11 @@ EXTRAS = {"tensorboard": ("tensorboardX", "TensorBoard files")}
 
 
 def describe(config: ConfigDict, *, compile: bool = True) -> str:
-    """The resolved config, every parameter with its size and sharding, the state's bytes and the FLOPs of one step.
+    """The resolved config, every parameter with its size and sharding, the state's bytes, one step's FLOPs and memory.
 
     Args:
       config: as for `diffjax.train.loop.train`.
-      compile: whether to compile the step, which is where XLA's count of FLOPs and memory comes from.
+      compile: whether to compile the step, which is what XLA's count of its temporary memory takes.
 
     Raises:
       ConfigError: for a config that cannot run.
@@ -44,7 +47,12 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
         f"mesh: {dict(mesh.shape)} over {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
         f"sharding {config.sharding!r}\n"
     )
-    return text + (_compiled(config, parts, mesh, places) if compile else "")
+    count = flops(jax.make_jaxpr(steps.make_train_step(parts, config))(state, abstract_batch(config, parts)).jaxpr)
+    text += f"one step of batch {config.batch_size}: {count:.4g} FLOPs in matrix products and convolutions"
+    if compile:
+        memory = compile_step(config, parts, mesh, places)[0].memory_analysis()
+        text += f", {_size(memory.temp_size_in_bytes)} of temporary memory per device" if memory else ""
+    return text + "\n"
 
 
 def parameter_table(params: Mapping, places: Mapping) -> str:
@@ -63,7 +71,6 @@ def parameter_table(params: Mapping, places: Mapping) -> str:
 def machine() -> str:
     """Versions, devices with their memory, the compile cache and the optional packages."""
     from diffjax import __version__
-    from diffjax.train.loop import use_compile_cache
 
     lines = [f"diffjax {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += ["", "packages", *(f"  {name} {_version(name)}" for name in PACKAGES)]
@@ -82,16 +89,28 @@ def machine() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compiled(config, parts, mesh, places) -> str:
-    from diffjax.train.loop import compile_step
+def flops(jaxpr) -> float:
+    """Floating-point operations (2 per multiply and add) of the matrix products and convolutions of a jaxpr.
 
-    compiled, _ = compile_step(config, parts, mesh, places)
-    costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    flops = costs.get("flops", float("nan"))
-    text = f"one step of batch {config.batch_size}: {flops:.4g} FLOPs (XLA's count, per device)"
-    if memory is not None:
-        text += f", {_size(memory.temp_size_in_bytes)} of temporary memory"
-    return text + "\n"
+    Scans count once per iteration, conditionals their dearest branch, loops of unknown length one iteration. XLA's own
+    `cost_analysis` counts the body of a scan once.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / features
+        elif eqn.primitive.name == "cond":
+            total += max(flops(branch.jaxpr) for branch in eqn.params["branches"])
+        else:
+            inner = sum(flops(sub) for sub in jaxprs_in_params(eqn.params))
+            total += inner * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else inner
+    return total
 
 
 def _version(package: str) -> str:

@@ -190,12 +190,16 @@ def compile_step(config, parts: Parts, mesh, state_sharding):
         donate_argnums=(0, 1),
     )
     blank = steps.empty_window(parts.dataset.num_classes)
-    batch = {
+    compiled = jitted.lower(abstract_state(parts), blank, abstract_batch(config, parts)).compile()
+    return compiled, lambda: jax.device_put(blank, everywhere)
+
+
+def abstract_batch(config, parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch."""
+    return {
         "image": jax.ShapeDtypeStruct((config.batch_size, *parts.dataset.shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-    compiled = jitted.lower(abstract_state(parts), blank, batch).compile()
-    return compiled, lambda: jax.device_put(blank, everywhere)
 
 
 def start_or_resume(workdir: str, config: ConfigDict) -> None:

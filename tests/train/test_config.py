@@ -22,6 +22,8 @@ def tiny(**changes):
     "changes, words",
     [
         (dict(num_step=3), ["config.num_step;", "num_steps", "did you mean 'num_steps'"]),
+        (dict(lrr=1.0), ["config.lrr;", "did you mean 'optim.lr'"]),
+        (dict(schedul="edm()"), ["config.schedul;", "did you mean 'schedule'"]),
         (dict(optim=dict(lrr=1.0)), ["config.optim.lrr", "known keys of config.optim", "did you mean 'lr'"]),
         (dict(sample=dict(solvr="x")), ["config.sample.solvr", "did you mean 'solver'"]),
         (dict(num_steps=-5), ["config.num_steps is -5", "at least 1", "--config.num_steps=VALUE"]),
