@@ -156,7 +156,8 @@ def bad_step_message(window: steps.Metrics, saved, workdir: str) -> str:
     folder = os.path.join(workdir, CHECKPOINTS)
     good = f"last good checkpoint: step {max(saved)} in {folder}" if saved else "no checkpoint yet"
     return (
-        f"step {int(window.bad_step) + 1} is not finite: loss {b.loss:.4g}, gradient norm {b.grad_norm:.4g}; "
+        f"step {int(window.bad_step) + 1} is not finite: loss {b.loss:.4g}, gradient norm {b.grad_norm:.4g}, "
+        f"parameter norm {b.param_norm:.4g}; "
         f"its batch: images min {b.min:.4g} mean {b.mean:.4g} max {b.max:.4g}, {100 * b.finite:.4g} % finite, "
         f"labels {labels}; {good}, nothing later was saved; lower config.optim.lr, set config.optim.clip, or look "
         "at the data"

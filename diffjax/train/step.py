@@ -22,8 +22,8 @@ NEVER = np.iinfo(np.int32).max
 
 class BatchStats(NamedTuple):
     """What a message about a bad batch needs: `min`, `max`, `mean` over its finite pixels, `finite` (the fraction of
-    pixels that are), `labels [num_classes + 1]` (how many of each after dropout, the last is the null class), and the
-    mean `loss` and `grad_norm` that it gave."""
+    pixels that are), `labels [num_classes + 1]` (how many of each after dropout, the last is the null class), and what
+    it gave: the mean `loss`, `grad_norm`, and `param_norm` after the update."""
 
     min: jax.Array
     max: jax.Array
@@ -32,6 +32,7 @@ class BatchStats(NamedTuple):
     labels: jax.Array
     loss: jax.Array
     grad_norm: jax.Array
+    param_norm: jax.Array
 
 
 class Metrics(NamedTuple):
@@ -96,7 +97,9 @@ def make_train_step(parts: Parts, config: ConfigDict) -> Callable[[TrainState, d
             grad_norm=grad_norm,
             param_norm=param_norm,
             bad_step=jnp.where(finite, NEVER, state.step),
-            batch=batch_stats(batch["image"], y, num_classes, loss, grad_norm),
+            batch=batch_stats(batch["image"], y, num_classes)._replace(
+                loss=loss, grad_norm=grad_norm, param_norm=param_norm
+            ),
         )
         return TrainState(step, params, ema, opt_state), metrics
 
@@ -111,8 +114,8 @@ def drop_labels(key: jax.Array, label: jax.Array, rate: float, num_classes: int)
     return jnp.where(jax.random.bernoulli(key, rate, label.shape), num_classes, label).astype(jnp.int32)
 
 
-def batch_stats(x, y, num_classes: int, loss, grad_norm) -> BatchStats:
-    """`BatchStats` of images [B, ...] and labels [B] (or None)."""
+def batch_stats(x, y, num_classes: int) -> BatchStats:
+    """`BatchStats` of images [B, ...] and labels [B] (or None), without what the step gave."""
     x = x.astype(jnp.float32)
     ok = jnp.isfinite(x)
     count = jnp.maximum(jnp.sum(ok), 1)
@@ -123,8 +126,9 @@ def batch_stats(x, y, num_classes: int, loss, grad_norm) -> BatchStats:
         mean=jnp.sum(x, where=ok) / count,
         finite=jnp.mean(ok.astype(jnp.float32)),
         labels=labels if y is None else labels.at[y].add(1),
-        loss=loss,
-        grad_norm=grad_norm,
+        loss=None,
+        grad_norm=None,
+        param_norm=None,
     )
 
 
@@ -132,7 +136,7 @@ def empty_window(num_classes: int) -> Metrics:
     """The window before its first step."""
     zero = np.zeros((), np.float32)
     bins = np.zeros(len(LOGSNR_EDGES) + 1, np.float32)
-    stats = BatchStats(zero, zero, zero, zero, np.zeros(num_classes + 1, np.int32), zero, zero)
+    stats = BatchStats(zero, zero, zero, zero, np.zeros(num_classes + 1, np.int32), zero, zero, zero)
     return Metrics(np.zeros((), np.int32), zero, bins, bins, zero, zero, np.array(NEVER, np.int32), stats)
 
 
