@@ -45,7 +45,7 @@ DIGITS = {
         batch_size=128,
         num_steps=1600,
         lr=4e-3,
-        model=dict(name="unet", width=16, mults=(1, 3), blocks=1, attention=(4,), head_width=48, groups=8, dropout=0.1),
+        model=dict(name="unet", width=16, mults=(1, 2), blocks=1, attention=(4,), head_width=32, groups=8, dropout=0.2),
     ),
     "dit": dict(
         batch_size=96,
@@ -75,7 +75,7 @@ def digits(arg, model):
     config = ConfigDict()
     config.seed = arg.seed
     config.data = f"digits(split_seed={arg.split})"
-    config.augment = ("shift(pixels=1)", "affine()")
+    config.augment = recipe.get("augment", ())
     config.batch_size = recipe["batch_size"]
     config.num_steps = arg.steps or (60 if arg.smoke else recipe["num_steps"])
 
@@ -84,7 +84,7 @@ def digits(arg, model):
     config.head = "edm(sigma_data=0.5)"
     config.time = "lognormal(mean=-1.2, std=1.2)"
     config.label_dropout = 0.1
-    config.model = ConfigDict(recipe["model"])
+    config.model = ConfigDict(recipe["model"] | {"time_scale": 1.0})  # EDM's time is log(sigma) / 4, within +-2
 
     config.optim = ConfigDict(dict(name="adam", lr=recipe["lr"], b2=0.99, clip=1.0, warmup=0 if arg.smoke else 50))
     config.optim.schedule = "flat_linear(flat=0.4, final=0.02)"
@@ -93,7 +93,8 @@ def digits(arg, model):
     config.log_every = 20 if arg.smoke else 100
     config.checkpoint_every = 30 if arg.smoke else 500
 
-    config.sample = ConfigDict(dict(solver="dpmpp_2m()", steps=20, spacing="karras(s_max=40.0)", guidance=1.0))
+    config.sample = ConfigDict(dict(solver="dpmpp_2m()", steps=20, spacing="karras(s_max=20.0)", guidance=1.3))
+    config.sample.interval = (0.1, 1.0)
     config.eval = ConfigDict(dict(num_samples=898, seeds=1))
     if arg.smoke:
         config.batch_size = 32

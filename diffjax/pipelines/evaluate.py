@@ -24,7 +24,7 @@ from diffjax.pipelines.judge import Judge
 from diffjax.pipelines.sampler import Settings, grid, settings_of
 
 # Network evaluations of the sweep; Heun takes the steps whose 2 n - 1 evaluations come closest from below.
-SWEEP = {"ddim()": (5, 10, 20, 50), "heun()": (5, 10, 20, 35), "dpmpp_2m()": (5, 10, 20)}
+SWEEP = {"ddim()": (5, 10, 20, 50, 100), "heun()": (5, 10, 20, 35, 50, 100), "dpmpp_2m()": (5, 10, 20, 50, 100)}
 NAMES = {
     "floor": "floor: the real training images",
     "memoriser": "training images, drawn again",

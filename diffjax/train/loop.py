@@ -55,6 +55,7 @@ class Session(NamedTuple):
     writer: log.Writer
     terminal: log.Terminal
     workdir: str
+    windows: list  # of metrics on the host, reported since the last checkpoint
 
 
 def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> Result:
@@ -77,7 +78,7 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
     os.makedirs(workdir, exist_ok=True)
     with locked(workdir), caught_signals() as caught, contextlib.ExitStack() as stack:
         start_or_resume(workdir, config)
-        checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep)
+        checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
         stack.callback(checkpoints.close)
         iterator = batches(parts.dataset.train, config.batch_size, seed=config.seed, augment=parts.augment)
         mesh = sharding.make_mesh()
@@ -92,7 +93,7 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
             return Result(step, None)
         terminal.write_texts(step, {"note": "compiling the training step ..."})
         step_fn, empty = compile_step(config, parts, mesh, state_sharding)
-        session = Session(config, parts, mesh, step_fn, empty, iterator, checkpoints, writer, terminal, workdir)
+        session = Session(config, parts, mesh, step_fn, empty, iterator, checkpoints, writer, terminal, workdir, [])
         return run(session, step, state, caught)
 
 
@@ -114,11 +115,13 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
             pending, window = (step, window, clock.lap(step)), session.empty()
         if step % config.checkpoint_every == 0 or ends:
             # A state is saved only after every step that led to it was seen to be finite.
-            check(session, window)
+            partial = check(session, window)
             if pending:
                 pending = report(session, *pending)
+            metrics = {"loss": mean_loss([*session.windows, partial])}
+            session.windows.clear()
             with clock.paused():
-                session.checkpoints.save(step, state, session.iterator, json.loads(configs.to_json(config)))
+                session.checkpoints.save(step, state, session.iterator, json.loads(configs.to_json(config)), metrics)
             saved = step
             session.writer.flush()
     session.checkpoints.wait()
@@ -132,8 +135,14 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
 def report(session: Session, step: int, window: steps.Metrics, timing: dict) -> None:
     """Fetches a window, stops the run if a step in it was bad, else logs it."""
     window = check(session, window)
+    session.windows.append(window)
     values = steps.scalars(window) | {"lr": float(session.parts.lr(step - 1))} | timing
     session.writer.write_scalars(step, values)
+
+
+def mean_loss(windows: list[steps.Metrics]) -> float:
+    """The mean loss of the steps in all windows: what the best checkpoint is best at."""
+    return sum(float(w.loss) for w in windows) / sum(int(w.steps) for w in windows)
 
 
 def check(session: Session, window: steps.Metrics) -> steps.Metrics:
