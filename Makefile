@@ -29,8 +29,11 @@ slow: setup  ## tests that train for minutes
 faults: setup  ## kill and corrupt runs, many times
 	$(BIN)/python -m pytest -m faults
 
-lint: setup
+bench: setup  ## timings on this machine, written to benchmarks/results
+	PYTHONPATH=. $(BIN)/python benchmarks/step_time.py
+
+lint: setup  ## ruff
 	$(BIN)/ruff check .
 
-clean:
+clean:  ## remove what make made, except runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
