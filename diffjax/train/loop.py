@@ -109,15 +109,15 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
         session.terminal.advance(step)
         if pending:
             # The device already works on the next step, so fetching this window costs it nothing.
-            pending = report(session, *pending)
+            pending = report(session, clock, *pending)
         ends = step == last or bool(caught)
         if step % config.log_every == 0 or ends:
-            pending, window = (step, window, clock.lap(step)), session.empty()
+            pending, window = (step, window), session.empty()
         if step % config.checkpoint_every == 0 or ends:
             # A state is saved only after every step that led to it was seen to be finite.
             partial = check(session, window)
             if pending:
-                pending = report(session, *pending)
+                pending = report(session, clock, *pending)
             metrics = {"loss": mean_loss([*session.windows, partial])}
             session.windows.clear()
             with clock.paused():
@@ -132,9 +132,11 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
     return Result(step, caught[0] if caught else None)
 
 
-def report(session: Session, step: int, window: steps.Metrics, timing: dict) -> None:
+def report(session: Session, clock: Clock, step: int, window: steps.Metrics) -> None:
     """Fetches a window, stops the run if a step in it was bad, else logs it."""
     window = check(session, window)
+    # Only now are its steps known to be done; when they were handed to the device says nothing.
+    timing = clock.lap(step)
     session.windows.append(window)
     values = steps.scalars(window) | {"lr": float(session.parts.lr(step - 1))} | timing
     session.writer.write_scalars(step, values)
