@@ -124,8 +124,19 @@ WEIGHTS = {
 # Time samplers. Each returns `(key, n) -> t [n] float32`, arguments for a schedule.
 
 
+def _increasing(lo: float, hi: float) -> None:
+    if not lo < hi:
+        raise ValueError(f"times: expected lo < hi, got lo={lo!r}, hi={hi!r}")
+
+
+def _normal_parameters(mean: float, std: float) -> None:
+    if not all(isinstance(value, (int, float)) and abs(value) < float("inf") for value in (mean, std)) or std <= 0:
+        raise ValueError(f"times: expected a finite mean and a positive std, got mean={mean!r}, std={std!r}")
+
+
 def uniform_times(lo: float = 0.0, hi: float = 1.0) -> TimeSampler:
     """Independent uniform times in (lo, hi]; `lo`, where there is no noise, is never drawn."""
+    _increasing(lo, hi)
     return lambda key, n: hi - (hi - lo) * jax.random.uniform(key, (n,))
 
 
@@ -134,11 +145,13 @@ def stratified_times(lo: float = 0.0, hi: float = 1.0) -> TimeSampler:
 
     Kingma et al. 2021 (arXiv:2107.00630, appendix I.1).
     """
+    _increasing(lo, hi)
     return lambda key, n: hi - (hi - lo) * ((jax.random.uniform(key) + jnp.arange(n) / n) % 1)
 
 
 def antithetic_times(lo: float = 0.0, hi: float = 1.0) -> TimeSampler:
     """Uniform times in pairs `(t, lo + hi - t)`."""
+    _increasing(lo, hi)
 
     def times(key, n):
         half = jax.random.uniform(key, ((n + 1) // 2,))
@@ -149,16 +162,20 @@ def antithetic_times(lo: float = 0.0, hi: float = 1.0) -> TimeSampler:
 
 def logit_normal_times(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
     """`sigmoid(N(mean, std^2))` in (0, 1) (Esser et al. 2024, arXiv:2403.03206, Eq. 19)."""
+    _normal_parameters(mean, std)
     return lambda key, n: jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
 
 
 def lognormal_times(mean: float = -1.2, std: float = 1.2) -> TimeSampler:
     """`exp(N(mean, std^2))`, EDM's sigma (Karras et al. 2022, arXiv:2206.00364, Table 1), for the `EDM` schedule."""
+    _normal_parameters(mean, std)
     return lambda key, n: jnp.exp(mean + std * jax.random.normal(key, (n,)))
 
 
 def discrete_times(num_steps: int = 1000) -> TimeSampler:
     """Uniform over the integers 0 .. num_steps - 1 as floats, for a `Table`."""
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"times: expected num_steps >= 1, a whole number, got {num_steps!r}")
     return lambda key, n: jax.random.randint(key, (n,), 0, num_steps).astype(jnp.float32)
 
 

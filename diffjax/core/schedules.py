@@ -40,6 +40,11 @@ def _real(a):
     return a if isinstance(a, jax.Array) else np.asarray(a, np.float64)
 
 
+def _check(schedule, allowed: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{schedule}: expected {allowed}")
+
+
 def _sigmoid(a):
     """`1 / (1 + exp(-a))`, exact 0 and 1 at `-inf` and `inf`."""
     xp = namespace(a)
@@ -64,6 +69,9 @@ class VP:
     beta_max: float = 20.0
     t_min = 0.0
     t_max = 1.0
+
+    def __post_init__(self):
+        _check(self, "0 <= beta_min < beta_max", 0 <= self.beta_min < self.beta_max < np.inf)
 
     def __call__(self, t: Array) -> Level:
         t = _real(t)
@@ -91,6 +99,9 @@ class SubVP:
     beta_max: float = 20.0
     t_min = 0.0
     t_max = 1.0
+
+    def __post_init__(self):
+        _check(self, "0 <= beta_min < beta_max", 0 <= self.beta_min < self.beta_max < np.inf)
 
     def __call__(self, t: Array) -> Level:
         level = VP(self.beta_min, self.beta_max)(t)
@@ -123,6 +134,9 @@ class Cosine:
     offset: float = 0.008
     t_min = 0.0
     t_max = 1.0
+
+    def __post_init__(self):
+        _check(self, "offset > 0", 0 < self.offset < np.inf)
 
     def _angles(self):
         quarter = np.pi / 2 / (1 + self.offset)
@@ -158,6 +172,9 @@ class LinearLogSNR:
     t_min = 0.0
     t_max = 1.0
 
+    def __post_init__(self):
+        _check(self, "logsnr_min < logsnr_max", -np.inf < self.logsnr_min < self.logsnr_max < np.inf)
+
     def __call__(self, t: Array) -> Level:
         t = _real(t)
         return Level(t, *_variance_preserving(self.logsnr_max + t * (self.logsnr_min - self.logsnr_max)))
@@ -180,6 +197,9 @@ class VE:
     sigma_max: float = 50.0
     t_min = 0.0
     t_max = 1.0
+
+    def __post_init__(self):
+        _check(self, "0 < sigma_min < sigma_max", 0 < self.sigma_min < self.sigma_max < np.inf)
 
     def __call__(self, t: Array) -> Level:
         t = _real(t)
@@ -210,6 +230,9 @@ class EDM:
     sigma_max: float = 80.0
     t_min = 0.0
 
+    def __post_init__(self):
+        _check(self, "0 < sigma_min < sigma_max", 0 < self.sigma_min < self.sigma_max < np.inf)
+
     @property
     def t_max(self) -> float:
         return self.sigma_max
@@ -237,6 +260,9 @@ class Flow:
     shift: float = 1.0
     t_min = 0.0
     t_max = 1.0
+
+    def __post_init__(self):
+        _check(self, "shift > 0", 0 < self.shift < np.inf)
 
     def __call__(self, t: Array) -> Level:
         t = _real(t)

@@ -22,6 +22,12 @@ def _steps(n: int) -> int:
     return int(n)
 
 
+def _positive(name: str, value: float) -> float:
+    if not (isinstance(value, (int, float, np.number)) and 0 < value < np.inf):
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    return float(value)
+
+
 def s_range(schedule: Schedule, s_min: float | None = None, s_max: float | None = None) -> tuple[float, float]:
     """The ends `(s_min, s_max)` of `s = sigma / alpha` for spacings that need finite ones.
 
@@ -37,7 +43,8 @@ def s_range(schedule: Schedule, s_min: float | None = None, s_max: float | None 
     if s_max is None:
         own = getattr(schedule, "sigma_max", None) or float(schedule(schedule.t_max).s)
         s_max = own if np.isfinite(own) else DEFAULT_S_MAX
-    if not 0 < s_min < s_max < np.inf:
+    s_min, s_max = _positive("s_min", s_min), _positive("s_max", s_max)
+    if not s_min < s_max:
         raise ValueError(f"expected 0 < s_min < s_max < inf, got s_min={s_min}, s_max={s_max}")
     return float(s_min), float(s_max)
 
@@ -84,6 +91,7 @@ def karras(
     With `zero` the first n levels span `[s_max, s_min]` and the last is sigma = 0; without it all n + 1 span the range.
     Ends not given are those of `s_range`.
     """
+    _positive("rho", rho)
 
     def ramp(u, lo, hi):
         return (hi ** (1 / rho) + u * (lo ** (1 / rho) - hi ** (1 / rho))) ** rho
@@ -108,6 +116,7 @@ def asinh(
 ) -> Level:
     """Equal steps in `asinh(s / scale)`: logarithmic above `scale`, linear below it, down to `s_min` (default 0)."""
     _steps(n)
+    _positive("scale", scale)
     hi = s_range(schedule, s_min or None, s_max)[1]
     s = scale * np.sinh(np.linspace(np.arcsinh(hi / scale), np.arcsinh((s_min or 0.0) / scale), n + 1))
     s[0] = hi
@@ -139,25 +148,25 @@ def _timesteps(table: Table, steps: np.ndarray, final: str) -> Level:
     return Level(*(np.append(a, b) for a, b in zip(grid, last, strict=True)))
 
 
-def leading(table: Table, n: int, offset: int = 0, *, final: str = "clean") -> Level:
+def leading(schedule: Table, n: int, offset: int = 0, *, final: str = "clean") -> Level:
     """Steps `0, T // n, 2 (T // n), ...` plus `offset`, reversed (`leading` in diffusers; DDIM's uniform spacing).
 
     The last level is sigma = 0 (`final="clean"`, set_alpha_to_one) or the table's first entry (`final="first"`).
     """
-    total = _length(table, n)
-    return _timesteps(table, np.arange(n)[::-1] * (total // n) + offset, final)
+    total = _length(schedule, n)
+    return _timesteps(schedule, np.arange(n)[::-1] * (total // n) + offset, final)
 
 
-def trailing(table: Table, n: int, *, final: str = "clean") -> Level:
+def trailing(schedule: Table, n: int, *, final: str = "clean") -> Level:
     """Steps `T - 1, T - 1 - T / n, ...` (Lin et al. 2023, arXiv:2305.08891, Table 2); `final` as in `leading`."""
-    total = _length(table, n)
-    return _timesteps(table, np.round(np.arange(total, 0, -total / n))[:n] - 1, final)
+    total = _length(schedule, n)
+    return _timesteps(schedule, np.round(np.arange(total, 0, -total / n))[:n] - 1, final)
 
 
-def linspace(table: Table, n: int, *, final: str = "clean") -> Level:
+def linspace(schedule: Table, n: int, *, final: str = "clean") -> Level:
     """Steps equally spaced from `T - 1` to 0, rounded (`linspace` in diffusers); `final` as in `leading`."""
-    total = _length(table, n)
-    return _timesteps(table, np.round(np.linspace(0, total - 1, n))[::-1], final)
+    total = _length(schedule, n)
+    return _timesteps(schedule, np.round(np.linspace(0, total - 1, n))[::-1], final)
 
 
 SPACINGS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -62,7 +63,9 @@ def interval(guided: Denoiser, plain: Denoiser, s_lo: float, s_hi: float) -> Den
     def denoise(x, level):
         if jnp.ndim(level.sigma):
             raise ValueError("interval guidance needs one level for the batch (scalar fields), got one per sample")
-        inside = (level.sigma > s_lo * level.alpha) & (level.sigma <= s_hi * level.alpha)
+        inside = level.sigma > s_lo * level.alpha
+        if s_hi < math.inf:  # inf * alpha is not a number at alpha = 0
+            inside &= level.sigma <= s_hi * level.alpha
         halves = lambda f: lambda x: tuple(f(x, level)[:2])
         return Prediction(*jax.lax.cond(inside, halves(guided), halves(plain), x))
 

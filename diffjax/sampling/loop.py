@@ -69,7 +69,7 @@ def prior(key: jax.Array, shape: tuple[int, ...], levels: Level, *, mean: Array 
     return first.alpha * mean + jnp.sqrt((first.alpha * std) ** 2 + first.sigma**2) * noise
 
 
-def _checked(levels: Level) -> tuple[Level, bool]:
+def check_grid(levels: Level) -> tuple[Level, bool]:
     """The grid (float64 numpy if it is concrete) and whether a step of it may have to be skipped.
 
     Raises:
@@ -177,7 +177,7 @@ def sample(
     """
     if loop not in LOOPS:
         raise ValueError(f"loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
-    levels, skips = _checked(levels)
+    levels, skips = check_grid(levels)
     n = levels.t.shape[0] - 1
     if isinstance(levels.t, np.ndarray) and hasattr(denoise, "check"):
         denoise.check(levels.at(slice(None, -1)))

@@ -65,10 +65,10 @@ def ddim(eta: float = 0.0) -> Solver:
         variance of the DDPM posterior q(x' | x, x0) (Ho et al. 2020, arXiv:2006.11239, Eq. 6 and 7).
 
     Raises:
-      ValueError: if eta is negative.
+      ValueError: unless 0 <= eta <= 1; more noise than that does not fit into the marginals.
     """
-    if eta < 0:
-        raise ValueError(f"eta: expected a number >= 0, got {eta}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: expected a number from 0 (deterministic) to 1 (DDPM), got {eta}")
     if eta == 0:
         return euler()
 
@@ -182,11 +182,13 @@ def churn(
       ValueError: at the start of sampling, for a solver with memory.
     """
 
-    def raised(levels, n):
-        level, _ = _pairs(levels)
+    def raised(levels):
+        level, following = _pairs(levels)
         xp = namespace(*levels)
+        # Steps between equal levels are skipped, so they do not count.
+        n = xp.sum((level.alpha != following.alpha) | (level.sigma != following.sigma))
         s = xp.where(level.alpha > 0, _divide(level.sigma, level.alpha), xp.inf)
-        gamma = xp.where((s >= s_tmin) & (s <= s_tmax), min(s_churn / n, 2**0.5 - 1), 0.0)
+        gamma = xp.where((s >= s_tmin) & (s <= s_tmax), xp.minimum(s_churn / xp.maximum(n, 1), 2**0.5 - 1), 0.0)
         finite = xp.where((s > 0) & xp.isfinite(s), s, 1.0)
         moved = schedule.at_logsnr(-2 * xp.log(finite * (1 + gamma)))
         hat = Level(*(xp.where(gamma > 0, a, b) for a, b in zip(moved, level, strict=True)))
@@ -197,7 +199,7 @@ def churn(
     def init(x, levels):
         n = levels.t.shape[0] - 1
         xp = namespace(*levels)
-        hat, coef = raised(levels, n)
+        hat, coef = raised(levels)
         pairs = Level(*(xp.stack([a, b], axis=1) for a, b in zip(hat, _pairs(levels)[1], strict=True)))
         if xp is np:
             inner = [solver.init(x, pairs.at(i)) for i in range(n)]

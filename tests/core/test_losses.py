@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffjax import core
+from diffjax import core, registry
 
 GAUSSIAN = core.Gaussian(np.array([0.5, -0.5, 0.0]), np.diag([1.0, 0.25, 0.04]))
 
@@ -104,6 +104,12 @@ def test_times_have_their_distribution(times, cdf):
     t = np.asarray(times(jax.random.key(3), 4001), np.float64)
     assert t.shape == (4001,) and np.all(t > 0)
     assert stats.kstest(t, cdf).pvalue > 1e-4  # one seed: fails for one honest sampler in 10,000
+
+
+@pytest.mark.parametrize("spec", ["uniform(lo=1., hi=0.)", "lognormal(std=-1.)", "lognormal(mean='a')", "discrete(0)"])
+def test_impossible_times(spec):
+    with pytest.raises(ValueError, match="times: expected"):
+        registry.build(spec, core.TIMES, "time sampler")
 
 
 def test_low_discrepancy():

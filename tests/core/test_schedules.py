@@ -86,6 +86,23 @@ def test_table_refuses(bad):
         core.Table(np.array(bad))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: core.VP(beta_min=-1.0),
+        lambda: core.SubVP(beta_max=0.0),
+        lambda: core.VE(sigma_min=0.0),
+        lambda: core.EDM(sigma_max=-1.0),
+        lambda: core.Flow(shift=-3.0),
+        lambda: core.LinearLogSNR(5.0, 5.0),
+        lambda: core.Cosine(offset=0.0),
+    ],
+)
+def test_impossible_parameters_name_the_schedule_and_what_it_allows(make):
+    with pytest.raises(ValueError, match=r"\(.*\): expected .*[<>]"):
+        make()
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_rate_is_the_slope_of_logsnr(name, x64):
     schedule = SCHEDULES[name]

@@ -82,6 +82,14 @@ def test_interval_guides_inside_only_and_computes_one_branch():
         np.testing.assert_allclose(got.x0, exact, rtol=1e-5, atol=1e-6)
 
 
+def test_open_interval_guides_at_pure_noise():
+    start = dj.Flow()(jnp.float32(1.0))  # alpha = 0, s = inf
+    guided = dj.cfg(PAIR, 3.0)
+    for lo in (0.0, 0.1):
+        got = dj.interval(guided, lambda x, level: conditional(x, level, LABELS), lo, np.inf)(X, start)
+        np.testing.assert_allclose(got.eps, guided(X, start).eps, rtol=1e-5)
+
+
 def test_clip_x0():
     out_of_range = lambda x, level: dj.Prediction(3 * x, (x - level.alpha * 3 * x) / level.sigma)
     clipped = dj.clip_x0(out_of_range, -1.0, 1.0)(X, LEVEL)
