@@ -24,7 +24,7 @@ def denoising_strip(x, x0, alpha, sigma, *, columns: int = 12, title: str = "Fro
       ValueError: where the shapes disagree.
     """
     x, x0, alpha, sigma = (np.asarray(a) for a in (x, x0, alpha, sigma))
-    if x.shape != x0.shape or x.ndim != 5 or alpha.shape != sigma.shape != (len(x),):
+    if x.shape != x0.shape or x.ndim != 5 or not alpha.shape == sigma.shape == x.shape[:1]:
         raise ValueError(f"x {x.shape}, x0 {x0.shape}, alpha {alpha.shape}, sigma {sigma.shape}: expected "
                          "[n, S, H, W, C] twice and [n] twice")
     chosen = np.unique(np.linspace(0, len(x) - 1, min(columns, len(x))).round().astype(int))

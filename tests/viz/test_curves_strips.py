@@ -62,3 +62,6 @@ def test_strip_shows_first_and_last_level_and_the_states_at_unit_scale():
     assert texts.count("x0 predicted") == 2 and "40" in texts and texts[-1] == "0" and len(texts) == 2 + 4 + 6
     with pytest.raises(ValueError, match=r"\[n, S, H, W, C\]"):
         viz.denoising_strip(x[0], x0[0], np.ones(31), sigma)
+    for alpha, levels in ((np.ones(30), sigma), (np.ones(31), sigma[1:]), (np.ones(30), sigma[1:])):
+        with pytest.raises(ValueError, match=r"\[n\] twice"):
+            viz.denoising_strip(x, x0, alpha, levels)
