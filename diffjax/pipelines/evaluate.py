@@ -21,18 +21,19 @@ from diffjax.pipelines import judge as judges
 from diffjax.pipelines import report as reports
 from diffjax.pipelines.generate import Samples, compile_program, describe, draw_samples, largest_pixel
 from diffjax.pipelines.judge import Judge
-from diffjax.pipelines.sampler import Settings, grid, settings_of
+from diffjax.pipelines.sampler import Settings, can_guide, grid, settings_for
 
 # Network evaluations of the sweep; Heun takes the steps whose 2 n - 1 evaluations come closest from below.
 SWEEP = {"ddim()": (5, 10, 20, 50, 100), "heun()": (5, 10, 20, 35, 50, 100), "dpmpp_2m()": (5, 10, 20, 50, 100)}
 NAMES = {
-    "floor": "floor: the real training images",
+    "floor": "split floor: real training images",
     "memoriser": "training images, drawn again",
+    "gmm100_full": "mixture of 100 Gaussians",
     "class_gaussian": "a Gaussian per class",
     "gmm10_full": "mixture of 10 Gaussians",
     "gaussian": "one Gaussian",
 }
-DRAWN = (NAMES["memoriser"], NAMES["class_gaussian"])
+DRAWN = (NAMES["memoriser"], NAMES["gmm100_full"], NAMES["class_gaussian"])
 SCALES = (0.0, 1.0, 1.5, 2.0, 4.0)
 GUIDANCE_STEPS = 10
 # Seeds of two repetitions never meet.
@@ -44,6 +45,7 @@ def evaluate(
     *,
     num_samples: int | None = None,
     seeds: int | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
     quick: bool = False,
     solver: str | None = None,
@@ -52,7 +54,7 @@ def evaluate(
     guidance: float | None = None,
     interval: tuple[float, float] | None = None,
     ema: str | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
     out: str | os.PathLike | None = None,
 ) -> dict:
     """Evaluates the run in `workdir`, shows one table on stdout and writes the rest; the report comes back.
@@ -65,32 +67,39 @@ def evaluate(
       workdir: of a training run.
       num_samples: samples of each repetition; classes come as often as in the held-out data.
       seeds: repetitions with other noise; with more than one the table has mean and standard deviation.
+      batch_size: samples in one call, about; all calls have the same size.
       seed: of the first repetition.
       quick: leave out the sweeps over guidance and over the number of network evaluations.
       solver, steps, spacing, guidance, interval: see `Settings`.
       ema: which average of the parameters.
-      step: which checkpoint.
+      step: which checkpoint, a number or `"best"`.
       out: folder in place of `workdir/eval`.
+
+    Raises:
+      ValueError: for too few samples, seeds or samples in a call, or wrong settings.
+      FloatingPointError: if a sample is not finite.
     """
     from diffjax.train.state import load_run
 
     clock = [("start", time.perf_counter())]
     lap = lambda name: clock.append((name, time.perf_counter()))
     run = load_run(os.fspath(workdir), ema=ema, step=step)
-    settings = settings_of(
-        run.config.sample, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
+    settings = settings_for(
+        run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
     )
     num = run.config.eval.num_samples if num_samples is None else num_samples
     repeats = run.config.eval.seeds if seeds is None else seeds
-    if num < 6 or repeats < 1:
-        raise ValueError(f"num_samples={num}, seeds={repeats}: expected at least 6 samples and 1 seed")
+    batch = run.config.eval.batch_size if batch_size is None else batch_size
+    if num < 6 or repeats < 1 or batch < 1:
+        given = f"num_samples={num}, seeds={repeats}, batch_size={batch}"
+        raise ValueError(f"{given}: expected at least 6 samples, 1 seed and 1 sample in a call")
     folder = Path(out) if out is not None else Path(workdir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     lap("load")
     judge = judges.judge_of(run)
     baselines = named(judges.rows(judge))
     lap("baselines")
-    draw = sampling_program(run, math.ceil(num / max(1, round(num / run.config.eval.batch_size))))
+    draw = sampling_program(run, math.ceil(num / max(1, round(num / batch))))
     labels = stratified(run.dataset, num)
     drawn = [draw(settings, (seed + r) * SEED_STRIDE + np.arange(num), labels, "samples") for r in range(repeats)]
     report = facts(run, settings, drawn, ema=ema, seed=seed) | scored(run, judge, settings, drawn)
@@ -117,7 +126,9 @@ def scored(run, judge: Judge, settings: Settings, drawn: list[Samples]) -> dict:
         "rows": ours(settings, drawn[0], scores),
         "each_seed": scores,
         "floor": {"metric": judge.headline, "mean": judge.floor[0], "std": judge.floor[1]},
-        "notes": [*judge.notes, *notes_on_size(len(drawn[0].labels), len(judge.protocol.heldout))],
+        "notes": [
+            *judge.notes, *notes_on_size(len(drawn[0].labels), len(judge.protocol.heldout)), *notes_on_guidance(run)
+        ],
     }
 
 
@@ -127,6 +138,13 @@ def notes_on_size(num: int, heldout: int) -> list[str]:
         return []
     return [f"{num} samples against {heldout} held-out images: Frechet distances and C2ST depend on both numbers, so "
             f"compare with other rows only at {heldout} samples"]
+
+
+def notes_on_guidance(run) -> list[str]:
+    """Why there is no sweep over guidance, where a run with classes has none."""
+    if can_guide(run) or not run.dataset.num_classes:
+        return []
+    return ["no guidance: the run was trained with config.label_dropout=0 and never learnt the null class"]
 
 
 def stratified(dataset, num: int) -> np.ndarray:
@@ -191,7 +209,7 @@ def sweeps(run, judge: Judge, draw: Callable, settings: Settings, main: Samples,
         title="Sample quality against network evaluations, without guidance",
     )
     viz.save(figure, folder / "nfe.png")
-    if run.dataset.num_classes:
+    if can_guide(run):
         found["guidance"] = sweep_guidance(run, judge, draw, settings, main, known, folder)
     return found
 
@@ -309,8 +327,9 @@ def summary(report: dict, folder: Path) -> str:
     lines = [
         reports.table(report["rows"], title=title),
         *(f"note: {note}" for note in report["notes"]),
-        f"{reports.SHOWN[metric][0]} is {value / floor['mean']:.2f} times the floor: two parts of the real images are "
-        f"{floor['mean']:.3f} +- {floor['std']:.3f} apart",
+        f"{reports.SHOWN[metric][0]} is {value / floor['mean']:.2f} times the halves floor {floor['mean']:.3f} +- "
+        f"{floor['std']:.3f}: the distance of two random halves of the real images, over ten halvings",
+        "(the split floor in the table is one such halving, the one that the model was trained on)",
         f"{spent['steps']} steps, {spent['evaluations']} network evaluations per sample (NFE); {seconds:.1f} s for all",
     ]
     if report.get("few_step_ratio") is not None:

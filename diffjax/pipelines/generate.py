@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffjax.pipelines.sampler import Cost, Settings, compile_counter, compile_sampler, grid, in_batches, settings_of
+from diffjax.pipelines.sampler import Cost, Settings, compile_counter, compile_sampler, grid, in_batches, settings_for
 
 
 class Samples(NamedTuple):
@@ -54,7 +54,7 @@ def generate(
     guidance: float | None = None,
     interval: tuple[float, float] | None = None,
     ema: str | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
     batch_size: int = 128,
     out: str | os.PathLike | None = None,
 ) -> Samples:
@@ -68,18 +68,19 @@ def generate(
       seeds: integers, its rows: the samples of a row start from the same noise.
       solver, steps, spacing, guidance, interval: see `Settings`.
       ema: which average of the parameters; default the run's first.
-      step: which checkpoint; default the newest.
+      step: which checkpoint, a number or `"best"`; default the newest.
       batch_size: samples in one call.
       out: a folder, or a `.png` or `.npz` file whose twin is written beside it; default `workdir/samples`.
 
     Raises:
       ValueError: for a class that the data does not have, no seed, or wrong settings.
+      FloatingPointError: if a sample is not finite.
     """
     from diffjax.train.state import load_run
 
     run = load_run(os.fspath(workdir), ema=ema, step=step)
-    settings = settings_of(
-        run.config.sample, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
+    settings = settings_for(
+        run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
     )
     chosen = check_classes(classes, run.dataset.num_classes)
     if not len(seeds):

@@ -13,7 +13,8 @@ import numpy as np
 from diffjax import core, registry
 from diffjax.core.types import Denoiser, Level, Solver
 from diffjax.guidance import cfg, clip_x0, interval
-from diffjax.sampling import SOLVERS, prior, sample
+from diffjax.sampling import SOLVERS, check_grid, prior, sample
+from diffjax.train import config as configs
 
 # What a sample's key is folded with for its start and for the solver's noise: one seed, two independent streams.
 _START, _STEPS = 0, 1
@@ -55,11 +56,14 @@ def settings_of(defaults: Mapping | Settings, **overrides) -> Settings:
     """`defaults` (a run's `config.sample`) with every override that is not None in place of its value.
 
     Raises:
-      ValueError: for a guidance scale that is not finite or an interval that is not `0 <= lo < hi`.
+      ValueError: for a guidance scale that is not finite or an interval that is not two numbers `0 <= lo < hi`.
     """
     values = dict(defaults._asdict() if isinstance(defaults, Settings) else defaults)
     values |= {name: value for name, value in overrides.items() if value is not None}
     chosen = Settings(**{name: values[name] for name in Settings._fields if name in values})
+    if np.shape(chosen.interval) != (2,):
+        given = chosen.interval
+        raise ValueError(f"interval={given}: expected two levels of sigma / alpha, lo and hi, such as 0.1,3.0 or 0,inf")
     lo, hi = (float(end) for end in chosen.interval)
     if not math.isfinite(chosen.guidance):
         raise ValueError(f"guidance={chosen.guidance}: expected a finite scale; 1 turns guidance off")
@@ -68,15 +72,59 @@ def settings_of(defaults: Mapping | Settings, **overrides) -> Settings:
     return chosen._replace(interval=(lo, hi), guidance=float(chosen.guidance), steps=int(chosen.steps))
 
 
+def settings_for(run, **overrides) -> Settings:
+    """`settings_of` the run's `config.sample`, refused where the run cannot be guided.
+
+    Raises:
+      ValueError: as `settings_of` and `check_guidance`.
+    """
+    settings = settings_of(run.config.sample, **overrides)
+    check_guidance(run, settings)
+    return settings
+
+
+def check_guidance(run, settings: Settings) -> None:
+    """Refuses guidance of a network that has not learnt both halves of it, with a class and without.
+
+    Raises:
+      ValueError: for a scale other than 1 if the data has no classes or no label was dropped in training.
+    """
+    if settings.guidance == 1:
+        return
+    given, cure = f"guidance={settings.guidance:g}", "; only guidance=1, the plain model, is possible here: set that"
+    if not run.dataset.num_classes:
+        raise ValueError(f"{given}: the model has no classes to be guided to{cure}")
+    if not can_guide(run):
+        raise ValueError(
+            f"{given}: the run was trained with config.label_dropout=0, so the network never learnt the null class"
+            f"{cure}, or train with config.label_dropout=0.1"
+        )
+
+
+def can_guide(run) -> bool:
+    """Whether the run's network has learnt to work with a class and without one."""
+    return bool(run.dataset.num_classes) and run.config.label_dropout > 0
+
+
 def grid(run, settings: Settings, *, length: int | None = None) -> Level:
     """The run's grid for `settings`, `[steps + 1]` float64; padded to `length` steps with its last level.
 
     `sample` skips a step between equal levels, so grids padded to one length share one compiled sampler.
 
     Raises:
-      ValueError: for an unknown spacing, a grid on which the run's head is undefined, or `length < steps`.
+      ValueError: for an unknown spacing, one that returns no grid of that many steps from noise to data, a grid on
+        which the run's head is undefined, or `length < steps`.
     """
-    levels = registry.build(settings.spacing, core.SPACINGS, "spacing", schedule=run.schedule, n=settings.steps)
+    levels = configs.grid(settings.spacing, run.schedule, settings.steps)
+    if not isinstance(levels, Level):
+        kind = type(levels).__name__
+        raise ValueError(f"spacing {settings.spacing!r} returned a {kind}; expected a Level of arrays [steps + 1]")
+    levels, _ = check_grid(levels)
+    if len(levels.t) != settings.steps + 1:
+        raise ValueError(
+            f"spacing {settings.spacing!r} returned {len(levels.t)} levels for steps={settings.steps}; expected "
+            f"{settings.steps + 1}: set steps={len(levels.t) - 1}, or let the spacing follow its argument"
+        )
     run.head.check(levels.at(slice(None, -1)))
     return levels if length is None else pad(levels, length)
 
@@ -156,7 +204,7 @@ def make_sampler(
     `diffjax.sampling.sample`.
 
     Args:
-      run: what `load_run` returned: schedule, head, dataset and model are read.
+      run: what `load_run` returned: schedule, head, dataset and model are read, for guidance the config too.
       solver: spec, such as `"heun()"`.
       steps: of the solver.
       spacing: spec of the grid.
@@ -165,9 +213,11 @@ def make_sampler(
       trace: `StepInfo -> pytree`.
 
     Raises:
-      ValueError: for unknown names, arguments that they do not take, or a grid on which the head is undefined.
+      ValueError: for unknown names, arguments that they do not take, a grid on which the head is undefined, or
+        guidance of a run that has learnt none.
     """
     settings = settings_of(Settings(solver, steps, spacing, guidance, interval))
+    check_guidance(run, settings)
     levels, draw = grid(run, settings), compile_sampler(run, settings, trace=trace)
     return lambda params, keys, labels: draw(params, keys, labels, levels, settings.guidance)
 
@@ -231,7 +281,13 @@ def in_batches(
       labels: `[N]` integers.
       batch_size: samples in a call.
       progress: wraps the iterable of batches, such as `tqdm.tqdm`.
+
+    Raises:
+      ValueError: for a batch size below 1, or seeds that do not fit in 32 bits.
+      FloatingPointError: if a sample is infinite or not a number.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
     keys, labels = keys_of(seeds), np.asarray(labels, np.int32)
     count, parts = len(labels), []
     for start in progress(range(0, count, batch_size)):
@@ -239,4 +295,22 @@ def in_batches(
         out = draw(keys[index], jnp.asarray(labels[index]))
         kept = min(batch_size, count - start)
         parts.append(jax.tree.map(lambda a, kept=kept: np.asarray(a)[:kept], out))
+        check_finite(parts[-1], start)
     return jax.tree.map(lambda *a: np.concatenate(a), *parts)
+
+
+def check_finite(samples, start: int = 0) -> None:
+    """Refuses samples that are no images; `start` is the index of the first of them.
+
+    Raises:
+      FloatingPointError: if a value is infinite or not a number.
+    """
+    for leaf in jax.tree.leaves(samples):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        bad = ~np.isfinite(leaf).reshape(len(leaf), -1).all(1)
+        if bad.any():
+            raise FloatingPointError(
+                f"{bad.sum()} of {len(leaf)} samples, the first of them number {start + int(bad.argmax())}, are not "
+                "finite; try another solver or spacing, more steps, less guidance, or an earlier checkpoint"
+            )

@@ -53,7 +53,7 @@ def posterior_mean(params, x, t, y=None):
 
 def open_run(monkeypatch, dataset, data):
     sample = dict(solver="dpmpp_2m()", steps=12, spacing="karras(s_max=40.0)", guidance=1.0, interval=(0.0, math.inf))
-    config = ConfigDict(dict(data=data, ema=("power(std=0.1)",), sample=sample,
+    config = ConfigDict(dict(data=data, ema=("power(std=0.1)",), sample=sample, label_dropout=0.1,
                              eval=dict(num_samples=len(dataset.heldout), seeds=1, batch_size=450)))
     params = gaussians(dataset.train.images, dataset.train.labels, dataset.num_classes)
     model = Model(lambda key: params, posterior_mean, {})
@@ -81,6 +81,7 @@ def test_an_exact_model_of_known_quality_gets_the_numbers_of_that_quality(monkey
     # The same distribution up to the clipping of x0 and one draw's noise of some 0.03 (spread over seeds).
     assert abs(ours["fd_relu"] - known["fd_relu"]) < 0.12 and abs(ours["c2st"] - known["c2st"]) < 0.05
     assert ours["fd_relu"] > 2 * report["floor"]["mean"] and ours["accuracy"] > 0.95
+    assert "split floor: real training images" in rows
     assert report["cost"] == Cost(12, 12, 12)._asdict() and report["data"] == "digits(split_seed=1)"
     assert {"config_sha256", "versions", "settings", "seconds", "device", "sampling_seconds"} <= set(report)
 
@@ -138,6 +139,31 @@ def test_sample_writes_what_it_drew_and_a_seed_does_not_depend_on_its_batch(monk
     facts = json.loads(str(stored["settings"]))
     assert facts["settings"]["guidance"] == 1.5 and facts["cost"]["evaluations"] == every.cost.evaluations > 12
     assert f"{every.cost.evaluations} network evaluations" in capsys.readouterr().out
+
+
+def test_a_run_without_null_class_is_judged_but_not_guided(monkeypatch, tmp_path):
+    labels = np.arange(48) % 2
+    noise = np.random.default_rng(0).standard_normal((48, 4, 4, 1))
+    images = np.clip(100 + 60 * labels[:, None, None, None] + 20 * noise, 0, 255).astype(np.uint8)
+    run = open_run(monkeypatch, arrays(images, labels, heldout=24), "npz(path='bands.npz')")
+    run.config.label_dropout = 0.0
+    with pytest.raises(ValueError, match=r"guidance=1.5: .*label_dropout=0.*null class.*guidance=1"):
+        evaluation.evaluate(tmp_path, guidance=1.5)
+    with pytest.raises(ValueError, match="guidance=0: .*label_dropout=0"):
+        generate(tmp_path, guidance=0.0)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(evaluation, "SWEEP", {"ddim()": (2,)})
+    report = evaluation.evaluate(tmp_path, steps=3, batch_size=7)
+    assert "guidance" not in report and len(report["nfe"]) == 1 and "label_dropout" in " ".join(report["notes"])
+
+
+def test_the_summary_tells_the_two_floors_apart(tmp_path):
+    rows = {"ours": {"fd_relu": 0.3}, evaluation.NAMES["floor"]: {"fd_relu": 0.12}}
+    report = {"num_samples": 898, "data": "digits()", "floor": {"metric": "fd_relu", "mean": 0.1, "std": 0.01},
+              "rows": rows, "cost": {"steps": 1, "evaluations": 1}, "sampling_seconds": [1.0], "notes": [],
+              "seconds": {"all": 1.0}}
+    shown = evaluation.summary(report, tmp_path)
+    assert "FD-relu is 3.00 times the halves floor 0.100 +- 0.010" in shown and shown.count("split floor") == 2
 
 
 def test_sample_refuses_classes_that_the_data_does_not_have(monkeypatch, tmp_path):

@@ -1,14 +1,17 @@
 """Compiled samplers against the exact Gaussian: noise per seed, padded grids, guidance where asked, counted costs."""
 
 import math
+import sys
+import types
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from diffjax.core import EDM, V, expand
+from diffjax.core import EDM, SPACINGS, V, ddpm, expand
 from diffjax.core.types import Level, Model
 from diffjax.pipelines import sampler
 from diffjax.pipelines.sampler import Settings
@@ -27,6 +30,7 @@ class FakeRun(NamedTuple):
     schedule: object
     head: object
     model: object
+    config: object = ConfigDict(dict(label_dropout=0.1))
 
 
 def mean_of(y):
@@ -139,14 +143,77 @@ def test_scale_one_is_the_plain_model_and_an_interval_without_levels_too(run):
     np.testing.assert_allclose(outside, plain, atol=1e-6)
 
 
-def test_a_model_without_classes_is_sampled_with_any_guidance(run):
+def test_a_model_without_classes_never_sees_a_label(run):
     unlabelled = run._replace(dataset=FakeData(SHAPE, 0))
     seen = []
     model = Model(run.model.init, lambda p, x, t, y=None: (seen.append(y), exact_network(x, t, y))[1], {})
-    draw = sampler.make_sampler(unlabelled._replace(model=model), steps=3, guidance=2.0)
+    draw = sampler.make_sampler(unlabelled._replace(model=model), steps=3)
     assert draw({}, sampler.keys_of([0]), jnp.zeros(1, jnp.int32)).shape == (1, *SHAPE)
     assert set(seen) == {None}
-    assert sampler.cost(unlabelled, Settings(steps=3, guidance=2.0)) == (3, 3, 3)
+    assert sampler.cost(unlabelled, Settings(steps=3)) == (3, 3, 3)
+
+
+def test_guidance_is_refused_where_it_was_not_learnt(run):
+    with pytest.raises(ValueError, match="guidance=2: the model has no classes.*guidance=1"):
+        sampler.make_sampler(run._replace(dataset=FakeData(SHAPE, 0)), guidance=2.0)
+    never = run._replace(config=ConfigDict(dict(label_dropout=0.0)))
+    with pytest.raises(ValueError, match="guidance=0: .*label_dropout=0.*null class"):
+        sampler.make_sampler(never, guidance=0.0)
+    sampler.make_sampler(never, steps=2)
+
+
+@pytest.mark.parametrize("name", sorted(SPACINGS))
+def test_every_spacing_samples(run, name):
+    """DDPM's table suits every spacing; the network is the exact v at the level of its time."""
+    table = ddpm()
+
+    def network(params, x, t, y=None):
+        level = table(t)
+        alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
+        mean = expand(mean_of(y), x)
+        x0 = mean + STD**2 * alpha / (STD**2 * alpha**2 + sigma**2) * (x - alpha * mean)
+        return alpha * (x - alpha * x0) / sigma - sigma * x0
+
+    on_table = run._replace(schedule=table, model=Model(run.model.init, network, {}))
+    draw = sampler.make_sampler(on_table, spacing=f"{name}()", steps=200)
+    x0 = np.asarray(draw({}, sampler.keys_of(np.arange(1000)), jnp.full(1000, 2))).ravel()
+    # 4000 values of N(0.25, 0.3^2): standard errors 0.005 and 0.003; leading starts below the last step of the table.
+    assert abs(x0.mean() - 0.25) < 0.025 and abs(x0.std() - STD) < 0.02
+
+
+def rising(schedule, n):
+    return schedule(np.linspace(0.1, 1.0, n + 1))
+
+
+def three(schedule, n):
+    return schedule(np.array([1.0, 0.5, 0.2, 0.1]))
+
+
+def times(schedule, n):
+    return np.linspace(1.0, 0.1, n + 1)
+
+
+def test_a_users_grid_is_checked(run, monkeypatch):
+    module = types.ModuleType("my_grids")
+    module.rising, module.three, module.times = rising, three, times
+    monkeypatch.setitem(sys.modules, "my_grids", module)
+    grid = lambda name, steps: sampler.grid(run, Settings(spacing=f"my_grids:{name}", steps=steps))
+    assert len(grid("three", 3).t) == 4
+    with pytest.raises(ValueError, match="must not grow along the grid"):
+        grid("rising", 5)
+    with pytest.raises(ValueError, match="returned 4 levels for steps=5; expected 6: set steps=3"):
+        grid("three", 5)
+    with pytest.raises(ValueError, match="returned a ndarray; expected a Level"):
+        grid("times", 5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_samples_that_are_not_finite_are_refused(value):
+    draw = lambda keys, labels: jnp.where(labels == 6, value, 0.0)[:, None]
+    with pytest.raises(FloatingPointError, match="1 of 3 samples, the first of them number 6, are not finite"):
+        sampler.in_batches(draw, np.arange(9), np.arange(9), batch_size=3)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        sampler.in_batches(draw, [0], [0], batch_size=0)
 
 
 def test_batches_of_one_size_join_to_all_samples():
@@ -170,6 +237,9 @@ def test_settings_take_overrides_and_refuse_nonsense(run):
         sampler.settings_of(Settings(), guidance=math.nan)
     with pytest.raises(ValueError, match="0 <= lo < hi"):
         sampler.settings_of(Settings(), interval=(3.0, 0.1))
+    for wrong in ((0.5,), (0.1, 1.0, 2.0), 0.5):
+        with pytest.raises(ValueError, match="expected two levels"):
+            sampler.settings_of(Settings(), interval=wrong)
     with pytest.raises(ValueError, match="did you mean 'dpmpp_2m'"):
         sampler.make_sampler(run, solver="dpmpp2m()")
     with pytest.raises(ValueError, match=r"2\*\*32"):
