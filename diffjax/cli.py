@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,7 +19,15 @@ DEBUG_VARIABLE = "DIFFJAX_DEBUG"
 _CONFIG = ("--config", dict(metavar="FILE.py[:ARG]", help="a config program, and what to give to its get_config"))
 _WORKDIR = ("--workdir", dict(metavar="DIR", help="folder of the run: config, checkpoints, metrics, results"))
 _EMA = ("--ema", dict(metavar="SPEC", help="which average of the parameters, or 'raw'; default the config's first"))
-_STEP = ("--step", dict(type=int, metavar="N", help="which checkpoint; default the newest"))
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
+
+
+# What argparse calls the type in its message.
+_step.__name__ = "integer or 'best'"
+_STEP = ("--step", dict(type=_step, metavar="N", help="which checkpoint, or 'best' by its loss; default the newest"))
 
 
 class Command(NamedTuple):
@@ -39,23 +48,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     argv = [a for a in argv if a != "--debug"]
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            sys.stdout.write(overview())
-            return 0 if argv else USAGE_ERROR
-        if argv[0] == "--version":
-            return version()
-        if argv[0] not in COMMANDS:
-            known = ", ".join(COMMANDS)
-            raise UsageError(f"unknown command {argv[0]!r}; known: {known}{registry.nearest(argv[0], COMMANDS)}")
-        arguments, overrides = parse(argv[0], argv[1:])
-        return COMMANDS[argv[0]].run(arguments, overrides)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+        code = dispatch(argv)
+        # Here, while a closed pipe can still be caught: at exit the interpreter would complain about it.
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if debug:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if debug or not isinstance(error, expected_errors()):
             raise
         sys.stderr.write("diffjax: " + " ".join(str(error).split()) + "\n")
         return USAGE_ERROR if isinstance(error, ValueError) else FAILURE
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Runs what the arguments ask for and returns the exit code; errors are raised.
+
+    Raises:
+      UsageError: for an unknown command, or flags that it does not take.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview())
+        return 0 if argv else USAGE_ERROR
+    if argv[0] == "--version":
+        return version()
+    if argv[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise UsageError(f"unknown command {argv[0]!r}; known: {known}{registry.nearest(argv[0], COMMANDS)}")
+    try:
+        arguments, overrides = parse(argv[0], argv[1:])
+        return COMMANDS[argv[0]].run(arguments, overrides)
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 class UsageError(ValueError):
@@ -64,7 +91,7 @@ class UsageError(ValueError):
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """What a user can cause and mend; library functions raise `ValueError` for their arguments."""
-    expected = (ValueError, NonFiniteError, WorkdirError, ModuleNotFoundError)
+    expected = (ValueError, OSError, FloatingPointError, NonFiniteError, WorkdirError, ModuleNotFoundError)
     # Importing it would load Orbax for the sake of an error that nobody has raised.
     checkpoint = sys.modules.get("diffjax.train.checkpoint")
     return (*expected, checkpoint.CheckpointError) if checkpoint else expected
@@ -319,7 +346,7 @@ COMMANDS = {
             "diffjax inspect --config=configs/digits.py",
             "diffjax inspect --config=configs/digits_dit.py --config.model.depth=8",
         ),
-        (_CONFIG, _WORKDIR, ("--fast", dict(action="store_true", help="do not compile: no FLOPs"))),
+        (_CONFIG, _WORKDIR, ("--fast", dict(action="store_true", help="do not compile: without the temporary memory"))),
         inspect,
     ),
     "doctor": Command(

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, one-line errors with exit codes, and a run from start to end."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -50,6 +51,7 @@ def test_help_lists_every_command_and_flag_with_examples(capsys):
         (["train", *TINY, "--workdir=x", "--config.num_steps=-1"], ["config.num_steps is -1", "at least 1"]),
         (["train", *TINY, "--workdir=x", "--config.optim.lr=fast"], ["config.optim.lr is 'fast'", "a float"]),
         (["sample", "--workdir=x", "--steps=many"], ["--steps", "invalid int value: 'many'"]),
+        (["sample", "--workdir=x", "--step=last"], ["--step", "invalid integer or 'best' value: 'last'"]),
         (["sample", "--workdir=x", "--seeds=0", "--num=2"], ["exclude each other"]),
         (["sample", "--workdir=x"], ["holds no run"]),
         (["eval", "--workdir=x"], ["holds no run"]),
@@ -63,6 +65,47 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypat
     for word in words:
         assert word in err
     assert not (tmp_path / "x").exists()
+
+
+VALUES = {
+    "solver": "heun()", "steps": "7", "spacing": "uniform()", "guidance": "1.5", "interval": "(0.1, 2.0)",
+    "num_samples": "64", "seeds": "2", "batch_size": "64",
+}
+
+
+@pytest.mark.parametrize("command, groups", [("eval", ("sample", "eval")), ("sample", ("sample",))])
+def test_every_setting_of_a_trained_run_reaches_its_function(capsys, tmp_path, monkeypatch, command, groups):
+    from diffjax.pipelines import evaluate, generate
+    from diffjax.train import config as configs
+
+    module, name = {"eval": (evaluate, "evaluate"), "sample": (generate, "generate")}[command]
+    signature, seen = inspect.signature(getattr(module, name)), []
+    monkeypatch.setattr(module, name, lambda *a, **k: seen.append(signature.bind(*a, **k).arguments))
+    (tmp_path / "config.json").write_text(configs.to_json(configs.defaults()))
+    keys = [(group, key) for group in groups for key in configs.defaults()[group]]
+    for group, key in keys:
+        code, _, err = run(capsys, command, f"--workdir={tmp_path}", f"--config.{group}.{key}={VALUES[key]}")
+        assert code == 0, err
+        assert str(seen.pop()[key]) == VALUES[key]
+    for text, value in (("best", "best"), ("40", 40)):
+        assert run(capsys, command, f"--workdir={tmp_path}", f"--step={text}")[0] == 0
+        assert seen.pop()["step"] == value
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/dev/null/x"])
+def test_a_folder_that_cannot_be_made_is_one_line(capsys, tmp_path, where):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / where
+    code, out, err = run(capsys, "train", *TINY, f"--workdir={workdir}")
+    assert code == 1 and out == "" and err.startswith("diffjax: ") and err.count("\n") == 1
+    assert str(workdir) in err or "file" in err
+
+
+def test_a_reader_that_leaves_is_no_error():
+    program = f"import sys; from diffjax.cli import main; sys.exit(main({['inspect', *TINY, '--fast']!r}))"
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.close()
+    assert child.stderr.read() == "" and child.wait(timeout=120) == 141
 
 
 def test_debug_shows_the_traceback(monkeypatch):
