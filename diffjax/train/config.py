@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from diffjax import registry
 from diffjax.core.types import Head, Level, Model
-from diffjax.train import log
+from diffjax.train import checks, log
 from diffjax.train.errors import ConfigError
 
 # What a stored run and the config of a resumed run may differ in: nothing that the next update depends on, apart from
@@ -85,6 +85,7 @@ def defaults() -> ConfigDict:
             keep=2,
             stop_at=0,
             sharding="data",
+            mesh="",
             tensorboard=False,
             sample=dict(
                 solver="dpmpp_2m()", steps=20, spacing="karras(s_max=40.0)", guidance=1.0, interval=(0.0, math.inf)
@@ -111,7 +112,10 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Parts]:
       ConfigError: as `resolve`.
     """
     resolved = fill(config)
-    return resolved, assemble(resolved)
+    parts = assemble(resolved)
+    # Not in `assemble`: a run may be opened for inference on other devices than it was trained on.
+    checks.check_devices(resolved, parts)
+    return resolved, parts
 
 
 def fill(config: ConfigDict) -> ConfigDict:
@@ -145,6 +149,8 @@ def assemble(config: ConfigDict) -> Parts:
     schedule = _build(config, "schedule", core.SCHEDULES)
     head = _build(config, "head", core.HEADS)
     time = _build(config, "time", core.TIMES)
+    with _naming("config.time"):
+        checks.check_times(config, schedule, time)
     weight = _build(config, "weight", core.WEIGHTS, schedule=schedule) if config.weight else None
     _check_sampling(config, schedule, head)
     averages = {}
@@ -155,6 +161,7 @@ def assemble(config: ConfigDict) -> Parts:
         optimizer = optim.build_optimizer(config.optim, config.num_steps)
         lr = optim.build_lr(config.optim, config.num_steps)
     dataset = _build(config, "data", data.SOURCES)
+    checks.check_guidance(config, dataset.num_classes)
     with _naming("config.augment"):
         augment = tuple(registry.build(spec, data.AUGMENTS, "augmentation") for spec in config.augment)
     if config.batch_size > len(dataset.train):
@@ -195,7 +202,7 @@ def load(path: str) -> ConfigDict:
     """The config that `"configs/digits.py:smoke"` (the part after `:` goes to `get_config`) or a `config.json` names.
 
     Raises:
-      ConfigError: if there is no such file, it has no `get_config`, or `get_config` fails.
+      ConfigError: if there is no such file, it has no `get_config`, `get_config` fails, or what comes is no mapping.
     """
     file, _, arg = (path + ":").replace(".py:", ".py\n", 1).partition("\n")
     arg, file = arg.rstrip(":"), file.rstrip(":")
@@ -203,7 +210,10 @@ def load(path: str) -> ConfigDict:
         raise ConfigError(f"--config={path}: no file {file!r} in {os.getcwd()}; give a config like configs/digits.py")
     if file.endswith(".json"):
         with open(file, encoding="utf-8") as stream:
-            return ConfigDict(json.load(stream))
+            try:
+                return _mapping(json.load(stream), file)
+            except ValueError as error:
+                raise ConfigError(f"--config={path}: {error}; expected a JSON object of config keys") from error
     # A config says `from configs import common`, and names its user's own modules relative to where the user stands.
     for folder in (os.path.dirname(os.path.dirname(os.path.abspath(file))), os.getcwd()):
         if folder not in sys.path:
@@ -215,7 +225,7 @@ def load(path: str) -> ConfigDict:
         takes_arg = bool(inspect.signature(module.get_config).parameters)
         if arg and not takes_arg:
             raise ValueError(f"get_config() takes no argument, but {arg!r} was given after the colon")
-        return module.get_config(arg) if takes_arg else module.get_config()
+        return _mapping(module.get_config(arg) if takes_arg else module.get_config(), "get_config")
     except Exception as error:
         text = f"--config={path}: {type(error).__name__}: {error}; get_config must return a config"
         raise ConfigError(text) from error
@@ -257,6 +267,12 @@ def differences(stored: ConfigDict, given: ConfigDict) -> list[str]:
     absent = "(not set)"
     changed = [k for k in keys if old.get(k, absent) != new.get(k, absent)]
     return [f"{k}: {old.get(k, absent)!r} -> {new.get(k, absent)!r}" for k in changed]
+
+
+def _mapping(value, source: str) -> ConfigDict:
+    if not isinstance(value, Mapping | ConfigDict):
+        raise ValueError(f"{source} gives {type(value).__name__} {value!r:.40}, not a ConfigDict or dict")
+    return value if isinstance(value, ConfigDict) else ConfigDict(dict(value))
 
 
 @contextlib.contextmanager
@@ -309,12 +325,6 @@ def _check_model(config, model, dataset, optimizer):
             raise ValueError(f"the network maps {shape} to {out.shape}; it must return the shape of x")
     with _naming("config.optim"):
         jax.eval_shape(optimizer.init, params)
-    devices = jax.device_count()
-    if config.batch_size % devices:
-        raise ConfigError(
-            f"config.batch_size is {config.batch_size}; it must be a multiple of the {devices} devices"
-            + _FIX.format(path="config.batch_size")
-        )
 
 
 def _merge(given: Mapping, default: ConfigDict, path: str) -> dict:
@@ -453,11 +463,11 @@ _RANGES = {
     "checkpoint_every": _at_least(1),
     "keep": _at_least(2),
     "stop_at": ((lambda v: v >= 0), "a step, or 0 to run to num_steps"),
-    "sharding": ((lambda v: v in ("data", "fsdp")), "'data' or 'fsdp'"),
+    "sharding": ((lambda v: v in ("data", "fsdp", "rules")), "'data', 'fsdp' or 'rules'"),
     "sample.steps": _at_least(1),
     "sample.guidance": (math.isfinite, "finite (1 turns guidance off)"),
-    "sample.interval": ((lambda v: len(v) == 2 and 0.0 <= v[0] <= v[1]), "(low, high) of sigma / alpha, 0 <= low"),
-    "eval.num_samples": _at_least(1),
+    "sample.interval": ((lambda v: len(v) == 2 and 0.0 <= v[0] < v[1]), "(low, high) of sigma/alpha, 0 <= low < high"),
+    "eval.num_samples": _at_least(6),
     "eval.seeds": _at_least(1),
     "eval.batch_size": _at_least(1),
 }

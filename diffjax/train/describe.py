@@ -36,7 +36,7 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
     """
     config, parts = configs.prepare(config)
     state = abstract_state(parts)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
     places = sharding.state_sharding(mesh, state, parts.model.rules, config.sharding)
     text = "config\n" + configs.to_json(config) + "\n\n" + parameter_table(state.params, places.params)
     average = _bytes(state.ema)

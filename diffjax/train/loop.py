@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
         checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
         stack.callback(checkpoints.close)
         iterator = batches(parts.dataset.train, config.batch_size, seed=config.seed, augment=parts.augment)
-        mesh = sharding.make_mesh()
+        mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
         state_sharding = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
         step, state = first_state(config, parts, checkpoints, iterator, state_sharding)
         terminal = log.Terminal(stream or sys.stderr, last_step(config), step)
@@ -111,19 +111,20 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
             # The device already works on the next step, so fetching this window costs it nothing.
             pending = report(session, clock, *pending)
         ends = step == last or bool(caught)
-        if step % config.log_every == 0 or ends:
+        saves = step % config.checkpoint_every == 0 or ends
+        if step % config.log_every == 0 or saves:
             pending, window = (step, window), session.empty()
-        if step % config.checkpoint_every == 0 or ends:
-            # A state is saved only after every step that led to it was seen to be finite.
-            partial = check(session, window)
-            if pending:
-                pending = report(session, clock, *pending)
-            metrics = {"loss": mean_loss([*session.windows, partial])}
+        if saves:
+            # A state is saved only after every step that led to it was seen to be finite; and as its window ends here,
+            # a run that goes on from it has the windows of one that was never stopped.
+            pending = report(session, clock, *pending)
+            metrics = {"loss": mean_loss(session.windows)}
             session.windows.clear()
+            # Before the save: no checkpoint may be later than the rows that a killed process leaves.
+            session.writer.flush()
             with clock.paused():
                 session.checkpoints.save(step, state, session.iterator, json.loads(configs.to_json(config)), metrics)
             saved = step
-            session.writer.flush()
     session.checkpoints.wait()
     if caught:
         name = signal.Signals(caught[0]).name

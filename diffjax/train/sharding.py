@@ -50,6 +50,21 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
 
 
+def parse_mesh(text: str) -> dict[str, int] | None:
+    """`{"data": 2, "fsdp": 4}` from `"data=2,fsdp=4"`, for `make_mesh`; None from `""`.
+
+    Raises:
+      ValueError: for text of another form, or an axis named twice.
+    """
+    axes: dict[str, int] = {}
+    for item in text.split(",") if text.strip() else ():
+        name, _, size = (part.strip() for part in item.partition("="))
+        if not name.isidentifier() or not size.removeprefix("-").isdecimal() or name in axes:
+            raise ValueError(f"cannot read mesh axis {item!r}; expected distinct axes, as in 'data=2,fsdp=2,tensor=2'")
+        axes[name] = int(size)
+    return axes or None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding that puts a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -92,13 +92,15 @@ def read_config(workdir: str) -> ConfigDict:
         return configs.fill(ConfigDict(json.load(stream)))
 
 
-def load_run(workdir: str, *, ema: str | None = None, step: int | None = None) -> Run:
+def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = None) -> Run:
     """Opens a run for inference.
 
     Args:
       workdir: what `diffjax train --workdir` was given.
       ema: which average, one of `config.ema`; `"raw"` for the parameters themselves; default the first average.
-      step: which checkpoint; default the newest readable one.
+      step: which checkpoint; default the newest readable one. `"best"` is the one with the lowest mean training loss
+        since the checkpoint before it, of the raw parameters as they were trained: not of the average, nor on held-out
+        data.
 
     Raises:
       ConfigError: if there is no run, no such average or no such checkpoint.
@@ -108,8 +110,11 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | None = None) -
     config = read_config(workdir)
     chosen = choose_ema(config, ema)
     parts = configs.assemble(config)
-    checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep)
+    checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
     steps = checkpoints.steps()
+    if step == "best" and steps:
+        # None, where no checkpoint has a score, would mean the newest below.
+        step = checkpoints.best_step() or "best"
     if not steps or step not in (None, *steps):
         asked = "no checkpoint yet" if step is None else f"no checkpoint of step {step}"
         raise ConfigError(

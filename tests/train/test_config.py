@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from diffjax.train import checks
 from diffjax.train import config as configs
 from diffjax.train.errors import ConfigError
 
@@ -16,6 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 def tiny(**changes):
     return ConfigDict(dict(batch_size=8, num_steps=10, model=dict(name="mlp", width=16, depth=1)) | changes)
+
+
+FLOW = dict(schedule="flow()", head="flow()", sample=dict(spacing="uniform()"))
+TABLE = dict(schedule="ddpm()", head="eps()", sample=dict(spacing="leading()"))
+UNLABELLED = f"diffjax.data:arrays(images={((((0.0,),),),) * 16})"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,20 @@ def tiny(**changes):
         (dict(sample=dict(interval=(3.0, 1.0))), ["config.sample.interval", "0 <= low"]),
         (dict(optim=dict(name="adan")), ["config.optim", "did you mean 'adam'"]),
         (dict(optim=dict(lr=-1.0)), ["config.optim", "lr", "-1.0"]),
-        (dict(sharding="fdsp"), ["config.sharding is 'fdsp'", "'data' or 'fsdp'"]),
+        (dict(sharding="fdsp"), ["config.sharding is 'fdsp'", "'data', 'fsdp' or 'rules'"]),
+        (dict(mesh="data:2"), ["config.mesh is 'data:2'", "data=2,fsdp=2,tensor=2"]),
+        (dict(mesh="data=3,fsdp=5"), ["config.mesh is 'data=3,fsdp=5'", "do not fit 1 devices", "multiply to 1"]),
+        (dict(sharding="rules"), ["config.mesh is ''", "unknown mesh axis", "'data=2,fsdp=2,tensor=2'"]),
+        (dict(sample=dict(interval=(1.0, 1.0))), ["config.sample.interval", "low < high"]),
+        (dict(eval=dict(num_samples=5)), ["config.eval.num_samples is 5", "at least 6"]),
+        (dict(label_dropout=0, sample=dict(guidance=2.0)), ["config.sample.guidance is 2.0", "config.label_dropout"]),
+        (dict(data=UNLABELLED, sample=dict(guidance=2.0)), ["config.sample.guidance is 2.0", "without classes"]),
+        (FLOW | dict(time="lognormal()"), ["config.time is 'lognormal()'", "config.schedule is 'flow()'", "uniform()"]),
+        (FLOW | dict(time="discrete()"), ["config.time is 'discrete()'", "[0, 1]", "logit_normal()"]),
+        (TABLE | dict(time="uniform()"), ["times end at 1 and the schedule at 999", "discrete(num_steps=1000)"]),
+        (TABLE | dict(time="discrete(num_steps=500)"), ["times end at 499", "discrete(num_steps=1000)"]),
+        (TABLE | dict(time="discrete(num_steps=2000)"), ["% of the times lie within", "discrete(num_steps=1000)"]),
+        (dict(time="discrete()"), ["config.schedule is 'edm()'", "lognormal("]),
         (dict(ema=("decay(0.9)", "decay(0.9)")), ["config.ema", "twice"]),
         (dict(ema=("pwr(std=0.1)",)), ["config.ema", "unknown ema 'pwr'"]),
         (dict(data="digit()"), ["config.data", "did you mean 'digits'"]),
@@ -162,6 +181,29 @@ def test_a_config_names_the_users_own_code(tmp_path, monkeypatch):
         configs.resolve(tiny(**mine | dict(model="mine_config:too_small")))
 
 
+@pytest.mark.parametrize(
+    "schedule, time",
+    [
+        ("edm()", "lognormal(mean=1.0, std=1.6)"),
+        ("flow(shift=3.0)", "stratified()"),
+        ("flow()", "logit_normal()"),
+        ("vp()", "uniform()"),
+        ("cosine()", "antithetic()"),
+        ("sub_vp()", "uniform(lo=0.001)"),
+        ("ve()", "uniform()"),
+        ("linear_logsnr()", "uniform()"),
+        ("ddpm(num_steps=10)", "discrete(num_steps=10)"),
+        ("squared_cosine(num_steps=50, rescale=True)", "uniform(hi=49.0)"),
+    ],
+)
+def test_times_that_fit_their_schedule_pass(schedule, time):
+    from diffjax import core, registry
+
+    build = lambda spec, known: registry.build(spec, known, "part")
+    config = ConfigDict(dict(schedule=schedule, time=time))
+    checks.check_times(config, build(schedule, core.SCHEDULES), build(time, core.TIMES))
+
+
 @pytest.mark.parametrize("name", ["digits", "digits_unet", "digits_dit", "digits_mlp"])
 def test_the_shipped_configs_run(name):
     smoke = configs.resolve(configs.load(f"{ROOT}/configs/{name}.py:smoke,seed=3"))
@@ -177,5 +219,14 @@ def test_load_says_what_is_wrong_with_the_file(tmp_path):
     (tmp_path / "broken.py").write_text("def get_config():\n    return undefined_name\n")
     with pytest.raises(ConfigError, match="NameError.*undefined_name"):
         configs.load(f"{tmp_path}/broken.py")
+    (tmp_path / "nothing.py").write_text("def get_config():\n    config = {}\n")
+    with pytest.raises(ConfigError, match="get_config gives NoneType None"):
+        configs.load(f"{tmp_path}/nothing.py")
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'optim': {'lr': 0.5}}\n")
+    assert configs.fill(configs.load(f"{tmp_path}/plain.py")).optim.lr == 0.5
+    for text in ("[1, 2]", "{'seed': 4"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="expected a JSON object"):
+            configs.load(f"{tmp_path}/config.json")
     (tmp_path / "config.json").write_text('{"seed": 4}')
     assert configs.load(f"{tmp_path}/config.json").seed == 4

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from diffjax.train import config as configs
 from diffjax.train import log, loop
-from diffjax.train.checkpoint import open_checkpoints
+from diffjax.train.checkpoint import Checkpoints, open_checkpoints
 from diffjax.train.errors import ConfigError, NonFiniteError, WorkdirError
 from diffjax.train.state import abstract_state, load_run
 
@@ -141,6 +141,42 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(tmp_path, 
     same_bits(saved(whole, 30)[0], saved(cut, 30)[0])
 
 
+def test_checkpoints_end_windows_and_score_the_rows_since_the_one_before(tmp_path):
+    uneven = dict(log_every=10, checkpoint_every=15, num_steps=45, keep=3)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, **uneven)
+    train(parts, **uneven, stop_at=30)
+    train(parts, **uneven)
+    rows = log.read_metrics(str(whole / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == [10, 15, 20, 30, 40, 45]
+    assert timeless(parts) == timeless(whole)
+    steps = [0, *(row["step"] for row in rows)]
+    total = np.cumsum([0, *(row["loss"] * (b - a) for row, a, b in zip(rows, steps, steps[1:], strict=False))])
+    total = dict(zip(steps, total, strict=True))
+    for workdir in (whole, parts):
+        checkpoints = open_checkpoints(workdir / "checkpoints", keep=3)
+        for step in (15, 30, 45):
+            # The sums on the device are float32: 1e-5 relative.
+            mean = (total[step] - total[step - 15]) / 15
+            assert checkpoints.info(step)["metrics"]["loss"] == pytest.approx(mean, rel=1e-5), step
+
+
+def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def save(self, step, *rest):
+        seen.extend(row["step"] for row in log.read_metrics(str(tmp_path / "metrics.jsonl")))
+        raise Stop
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Stop):
+        train(tmp_path, log_every=4, checkpoint_every=10)
+    assert seen == [4, 8, 10]
+
+
 def rewrite(workdir, **changes):
     path = workdir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -244,10 +280,20 @@ def test_load_run_gives_the_asked_average(tmp_path):
     same_bits(load_run(str(tmp_path), ema="raw", step=3).params, saved(tmp_path, 3)[0].params)
     with pytest.raises(ConfigError, match=r"unknown ema 'decay\(0.8\)'.*did you mean 'decay\(0.9\)'"):
         load_run(str(tmp_path), ema="decay(0.8)")
+    checkpoints = open_checkpoints(tmp_path / "checkpoints")
+    best = min((3, 6), key=lambda step: checkpoints.info(step)["metrics"]["loss"])
+    assert load_run(str(tmp_path), step="best").step == best
     with pytest.raises(ConfigError, match="no checkpoint of step 5; saved steps: 3, 6"):
         load_run(str(tmp_path), step=5)
     with pytest.raises(ConfigError, match="holds no run"):
         load_run(str(tmp_path / "elsewhere"))
+
+
+def test_the_best_checkpoint_need_not_be_the_last(tmp_path, monkeypatch):
+    losses = iter((3.0, 1.0, 2.0))
+    monkeypatch.setattr(loop, "mean_loss", lambda windows: next(losses))
+    train(tmp_path, num_steps=6, checkpoint_every=2)
+    assert load_run(str(tmp_path), step="best").step == 4 and load_run(str(tmp_path)).step == 6
 
 
 def test_tensorboard_is_written_when_asked_for(tmp_path):

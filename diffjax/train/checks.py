@@ -1,0 +1,103 @@
+"""Checks of settings that are each possible and together are not; every one raises a `ConfigError` that names both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffjax.core import EDM, Table
+from diffjax.train import sharding
+from diffjax.train.errors import ConfigError
+
+DRAWS = 4096
+
+
+def check_guidance(config: ConfigDict, num_classes: int) -> None:
+    """Guidance needs classes, and a null class that was trained.
+
+    Raises:
+      ConfigError: if `sample.guidance` is not 1 and one of them is missing.
+    """
+    if config.sample.guidance == 1.0:
+        return
+    given = f"config.sample.guidance is {config.sample.guidance!r} and "
+    if not num_classes:
+        raise ConfigError(f"{given}config.data is {config.data!r}, without classes; set config.sample.guidance=1.0")
+    if config.label_dropout == 0.0:
+        raise ConfigError(
+            f"{given}config.label_dropout is 0.0, so the null class that guidance compares with is never trained; "
+            "set config.label_dropout=0.1, or config.sample.guidance=1.0"
+        )
+
+
+def check_times(config: ConfigDict, schedule: Any, time: Any) -> None:
+    """Draws training times and looks where they lie on the schedule.
+
+    99 % must lie between its ends; half on `EDM`, whose ends are those of sampling grids and not of the schedule, or on
+    a schedule of another range. On a table they must reach its last tenth as well.
+
+    Raises:
+      ConfigError: if they do not, or a level there is not finite or negative.
+    """
+    drawn = np.asarray(time(jax.random.key(0), DRAWS), np.float64)
+    lo, hi = float(schedule.t_min), float(schedule.t_max)
+    # Times are float32: the noisiest may be above t_max by a rounding.
+    slack = 1e-6 * max(abs(lo), abs(hi))
+    inside = np.mean((drawn >= lo - slack) & (drawn <= hi + slack))
+    bounded = isinstance(schedule, Table) or hi == 1.0
+    if drawn.shape != (DRAWS,):
+        wrong = f"asked for {DRAWS} times, it gives an array of shape {drawn.shape}"
+    elif inside < (0.99 if bounded else 0.5):
+        wrong = f"{100 * inside:.3g} % of the times lie within the schedule's [{lo:g}, {hi:g}]"
+    elif isinstance(schedule, Table) and drawn.max() < 0.9 * hi:
+        wrong = f"the times end at {drawn.max():.4g} and the schedule at {hi:g}"
+    else:
+        level = schedule(jnp.asarray(drawn, jnp.float32))
+        ok = all(np.all(np.isfinite(a)) for a in level[1:]) and min(np.min(level.alpha), np.min(level.sigma)) >= 0
+        wrong = "" if ok else "alpha or sigma is negative or not finite at some of the times"
+    if wrong:
+        raise ConfigError(
+            f"config.time is {config.time!r} and config.schedule is {config.schedule!r}: {wrong}; "
+            f"use {_fitting(schedule)} with this schedule"
+        )
+
+
+def check_devices(config: ConfigDict, parts: Any) -> None:
+    """The batch, the mesh and the sharding against the devices of this machine.
+
+    Raises:
+      ConfigError: if the batch does not divide over them, the mesh does not fit them, or the network's rules do not
+        fit the mesh.
+    """
+    devices = jax.device_count()
+    if config.batch_size % devices:
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}; it must be a multiple of the {devices} devices; "
+            "edit the config file or pass --config.batch_size=VALUE"
+        )
+    try:
+        mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
+    except ValueError as error:
+        raise ConfigError(f"config.mesh is {config.mesh!r}: {error}") from error
+    if config.sharding != "rules":
+        return
+    try:
+        params = jax.eval_shape(parts.model.init, jax.eval_shape(lambda: jax.random.key(0)))
+        sharding.param_sharding(mesh, params, parts.model.rules, "rules")
+    except ValueError as error:
+        raise ConfigError(
+            f"config.sharding is 'rules' and config.mesh is {config.mesh!r}: {error}; the rules of this library's "
+            "networks need the axes 'fsdp' and 'tensor', as in config.mesh='data=2,fsdp=2,tensor=2'"
+        ) from error
+
+
+def _fitting(schedule) -> str:
+    if isinstance(schedule, EDM):
+        return "time='lognormal(mean=-1.2, std=1.2)'"
+    if isinstance(schedule, Table):
+        return f"time='discrete(num_steps={len(schedule.alphas_cumprod)})'"
+    return "time='uniform()', 'stratified()' or 'logit_normal()'"
