@@ -45,19 +45,22 @@ DIGITS = {
         batch_size=128,
         num_steps=1400,
         lr=4e-3,
+        guidance=1.5,
         model=dict(name="unet", width=16, mults=(1, 2), blocks=1, attention=(4,), head_width=32, groups=8, dropout=0.2),
     ),
     "dit": dict(
         batch_size=96,
         num_steps=2000,
         lr=4e-3,
+        guidance=1.3,
         model=dict(name="dit", patch=2, width=96, depth=4, heads=2, mlp_ratio=2.0, dropout=0.05, scan=False),
     ),
     "mlp": dict(
         batch_size=256,
-        num_steps=8000,
+        num_steps=3000,
         lr=2e-3,
-        model=dict(name="mlp", width=256, depth=3, dropout=0.1),
+        guidance=1.2,
+        model=dict(name="mlp", width=192, depth=3, dropout=0.35),
     ),
 }
 
@@ -93,7 +96,7 @@ def digits(arg, model):
     config.log_every = 20 if arg.smoke else 100
     config.checkpoint_every = 30 if arg.smoke else 500
 
-    config.sample = ConfigDict(dict(solver="dpmpp_2m()", steps=20, spacing="karras(s_max=20.0)", guidance=1.5))
+    config.sample = ConfigDict(dict(solver="dpmpp_2m()", steps=20, spacing="karras(s_max=20.0)", guidance=recipe["guidance"]))
     config.sample.interval = (0.1, 1.0)
     config.eval = ConfigDict(dict(num_samples=898, seeds=1))
     if arg.smoke:
