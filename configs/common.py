@@ -96,8 +96,8 @@ def digits(arg, model):
     config.log_every = 20 if arg.smoke else 100
     config.checkpoint_every = 30 if arg.smoke else 500
 
-    config.sample = ConfigDict(dict(solver="dpmpp_2m()", steps=20, spacing="karras(s_max=20.0)", guidance=recipe["guidance"]))
-    config.sample.interval = (0.1, 1.0)
+    config.sample = ConfigDict(dict(solver="dpmpp_2m()", steps=20, spacing="karras(s_max=20.0)"))
+    config.sample.guidance, config.sample.interval = recipe["guidance"], (0.1, 1.0)
     config.eval = ConfigDict(dict(num_samples=898, seeds=1))
     if arg.smoke:
         config.batch_size = 32
