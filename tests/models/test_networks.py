@@ -109,11 +109,8 @@ def test_sharding_rules_cover_every_parameter_with_its_rank(net):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_half_precision_stays_close(name, inputs):
-    wide, half = (
-        build(SPECS[name].replace(")", f", dtype='{d}')") if name != "unet" else SPECS[name][:-1] + f", dtype='{d}')",
-              MODELS, "model", shape=SHAPE, num_classes=CLASSES)
-        for d in ("float32", "bfloat16")
-    )  # fmt: skip
+    common = dict(shape=SHAPE, num_classes=CLASSES)
+    wide, half = (build(SPECS[name], MODELS, "model", **common, dtype=dtype) for dtype in ("float32", "bfloat16"))
     params = randomised(jax.jit(wide.init)(jax.random.key(0)), 0.05)
     a, b = (np.asarray(jax.jit(m.apply)(params, *inputs)) for m in (wide, half))
     assert b.dtype == np.float32
