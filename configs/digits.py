@@ -3,7 +3,8 @@ r"""Class-conditional diffusion on scikit-learn's 8 x 8 digits: EDM with a small
     diffjax train --config=configs/digits.py --workdir=runs/digits
     diffjax eval --workdir=runs/digits
 
-Variants after a colon: `:smoke` (seconds, no quality), `:model=dit`, `:steps=400`, `:seed=1`, `:split=1`.
+Variants after a colon: `:smoke` (a minute, most of it compilation; no quality), `:model=dit`, `:steps=400`,
+`:seed=1`, `:split=1`.
 
 Cost: about 3 to 4 minutes on 2 CPU cores (25 s of it compilation), 209 k parameters.
 Expected: FD-relu 0.14, FD-tanh 0.15, C2ST 0.62, closer 0.60, accuracy 0.98 (means of seeds and splits 0, 1, 2);

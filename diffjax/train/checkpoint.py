@@ -291,6 +291,10 @@ class Checkpoints:
                 if step is None:
                     self._damaged.add(at)
                     log.warning("checkpoint %s is damaged: %s; trying the one before it", folder, error)
+        if tried and step is not None:
+            others = [at for at in steps if at != step] or "none"
+            folder = self.directory / str(step)
+            raise CheckpointError(f"checkpoint {folder} is damaged: {tried[step]}; other steps: {others}")
         if tried:
             reasons = "; ".join(f"step {at}: {reason}" for at, reason in tried.items())
             raise CheckpointError(

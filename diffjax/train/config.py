@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -214,6 +215,8 @@ def load(path: str) -> ConfigDict:
                 return _mapping(json.load(stream), file)
             except ValueError as error:
                 raise ConfigError(f"--config={path}: {error}; expected a JSON object of config keys") from error
+    if not file.endswith(".py"):
+        raise ConfigError(f"--config={path}: expected a config program (.py) or the config.json of a run")
     # A config says `from configs import common`, and names its user's own modules relative to where the user stands.
     for folder in (os.path.dirname(os.path.dirname(os.path.abspath(file))), os.getcwd()):
         if folder not in sys.path:
@@ -222,13 +225,18 @@ def load(path: str) -> ConfigDict:
         spec = importlib.util.spec_from_file_location("diffjax_config", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise ValueError("it defines no function get_config(arg=None) that returns the config")
         takes_arg = bool(inspect.signature(module.get_config).parameters)
         if arg and not takes_arg:
             raise ValueError(f"get_config() takes no argument, but {arg!r} was given after the colon")
         return _mapping(module.get_config(arg) if takes_arg else module.get_config(), "get_config")
     except Exception as error:
-        text = f"--config={path}: {type(error).__name__}: {error}; get_config must return a config"
-        raise ConfigError(text) from error
+        if isinstance(error, ValueError):
+            raise ConfigError(f"--config={path}: {error}") from error
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"line {at.lineno} of {at.filename}"
+        raise ConfigError(f"--config={path}: {type(error).__name__}: {error} ({where})") from error
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -284,7 +292,8 @@ def _naming(path: str):
         raise
     except Exception as error:
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{path}: {text}" + _FIX.format(path=path)) from error
+        key = f"{path}.KEY" if isinstance(_get(defaults(), path.removeprefix("config.")), ConfigDict) else path
+        raise ConfigError(f"{path}: {text}" + _FIX.format(path=key)) from error
 
 
 def _build(config, key, known, **offered):

@@ -71,13 +71,15 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
 
     Raises:
       ConfigError: for a config that cannot run, or another config than that of the run in `workdir`.
-      WorkdirError: if another process trains in `workdir`.
+      WorkdirError: if another process trains in `workdir`, or it is a file.
       NonFiniteError: if the loss, the gradient or the parameters stop being finite.
     """
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise WorkdirError(f"workdir {workdir!r} is a file; give a folder, which is made if it does not exist")
     config, parts = configs.prepare(config)
     os.makedirs(workdir, exist_ok=True)
     with locked(workdir), caught_signals() as caught, contextlib.ExitStack() as stack:
-        start_or_resume(workdir, config)
+        refuse_changes(workdir, config)
         checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
         stack.callback(checkpoints.close)
         iterator = batches(parts.dataset.train, config.batch_size, seed=config.seed, augment=parts.augment)
@@ -88,9 +90,10 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
         writer = log.Several([terminal, *file_writers(config, workdir, step)])
         stack.callback(writer.close)
         if step >= last_step(config):
-            text = f"{workdir} is already at step {step} of {last_step(config)}: nothing to do"
+            text = f"{workdir} is at step {step}, and the config asks for {last_step(config)}: nothing to do"
             terminal.write_texts(step, {"note": text})
             return Result(step, None)
+        write_config(workdir, config)
         terminal.write_texts(step, {"note": "compiling the training step ..."})
         step_fn, empty = compile_step(config, parts, mesh, state_sharding)
         session = Session(config, parts, mesh, step_fn, empty, iterator, checkpoints, writer, terminal, workdir, [])
@@ -215,20 +218,24 @@ def abstract_batch(config, parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def start_or_resume(workdir: str, config: ConfigDict) -> None:
-    """Writes the config into `workdir`, after comparing it with the one that the run there was started with.
+def refuse_changes(workdir: str, config: ConfigDict) -> None:
+    """Compares the config with the one that the run in `workdir`, if there is one, was started with.
 
     Raises:
       ConfigError: if they differ in anything that the next update depends on; lists every difference.
     """
-    path = os.path.join(workdir, CONFIG_FILE)
-    if os.path.exists(path):
+    if os.path.exists(os.path.join(workdir, CONFIG_FILE)):
         changed = configs.differences(read_config(workdir), config)
         if changed:
             raise ConfigError(
                 f"{workdir!r} holds a run with another config (stored -> given): {'; '.join(changed)}; "
                 "give the stored values to go on with it, or another --workdir to start afresh"
             )
+
+
+def write_config(workdir: str, config: ConfigDict) -> None:
+    """Writes `config.json` in one move, so that a reader never sees half of it."""
+    path = os.path.join(workdir, CONFIG_FILE)
     with open(path + ".part", "w", encoding="utf-8") as file:
         file.write(configs.to_json(config) + "\n")
     os.replace(path + ".part", path)

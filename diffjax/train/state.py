@@ -83,13 +83,17 @@ def read_config(workdir: str) -> ConfigDict:
     """The filled config that a run was started with.
 
     Raises:
-      ConfigError: if `workdir` holds no run.
+      ConfigError: if `workdir` holds no run, or its config is not JSON.
     """
     path = os.path.join(workdir, CONFIG_FILE)
     if not os.path.isfile(path):
         raise ConfigError(f"{workdir!r} holds no run: no {CONFIG_FILE}; make one with `diffjax train --workdir=...`")
-    with open(path, encoding="utf-8") as stream:
-        return configs.fill(ConfigDict(json.load(stream)))
+    try:
+        with open(path, encoding="utf-8") as stream:
+            stored = ConfigDict(json.load(stream))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); restore it, every checkpoint holds a copy of it") from error
+    return configs.fill(stored)
 
 
 def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = None) -> Run:

@@ -229,7 +229,7 @@ def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(copied):
 
 def test_a_damaged_step_asked_for_by_number_is_an_error(copied):
     damage(copied / "2")
-    with pytest.raises(CheckpointError, match="step 2: leaf"):
+    with pytest.raises(CheckpointError, match=r"2 is damaged: leaf .*; other steps: \[1\]"):
         open_checkpoints(copied).restore(make(0), step=2)
 
 

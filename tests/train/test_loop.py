@@ -16,7 +16,7 @@ from diffjax.train import config as configs
 from diffjax.train import log, loop
 from diffjax.train.checkpoint import Checkpoints, open_checkpoints
 from diffjax.train.errors import ConfigError, NonFiniteError, WorkdirError
-from diffjax.train.state import abstract_state, load_run
+from diffjax.train.state import abstract_state, load_run, read_config
 
 USER = """
 import os
@@ -255,7 +255,25 @@ def test_a_finished_run_has_nothing_to_do(tmp_path):
     train(tmp_path, num_steps=4)
     stream = io.StringIO()
     assert loop.train(tiny(num_steps=4), str(tmp_path), stream=stream) == loop.Result(4, None)
-    assert "already at step 4" in stream.getvalue()
+    assert "is at step 4, and" in stream.getvalue()
+    # Asked for less than is done, with other settings for sampling: the record of the run stays what it was.
+    before = (tmp_path / "config.json").read_bytes()
+    changed = tiny(num_steps=2)
+    changed.sample = {"steps": 3}
+    assert loop.train(changed, str(tmp_path), stream=stream) == loop.Result(4, None)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match="is a file; give a folder"):
+        loop.train(tiny(num_steps=2), str(tmp_path / "file"))
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": ')
+    with pytest.raises(ConfigError, match="config.json is damaged"):
+        read_config(str(tmp_path))
 
 
 def test_the_users_own_code_trains(tmp_path):
