@@ -117,12 +117,14 @@ class Solver(NamedTuple):
       step: `(denoise, x, memory, at: Step) -> (x, memory, prediction)`.
       order: global order of convergence; for a stochastic solver, that of its deterministic part.
       nfe: `nfe(n)` is the number of network calls of `n` steps down to `sigma = 0`.
+      ascending: whether the noise may also grow along the grid: inversion, resampling that goes back and forth.
     """
 
     init: Callable[[Array, Level], tuple[Any, Any]]
     step: Callable[[Denoiser, Array, Any, Step], tuple[Array, Any, Prediction]]
     order: int
     nfe: Callable[[int], int]
+    ascending: bool = False
 
 
 class Model(NamedTuple):
