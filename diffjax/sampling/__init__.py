@@ -2,6 +2,7 @@
 
 from diffjax.sampling.loop import StepInfo, check_grid, normal, prior, sample
 from diffjax.sampling.multistep import dpmpp_2m
+from diffjax.sampling.product import product
 from diffjax.sampling.solvers import ddim, euler, heun
 from diffjax.sampling.stochastic import churn
 
@@ -18,5 +19,6 @@ __all__ = [
     "heun",
     "normal",
     "prior",
+    "product",
     "sample",
 ]

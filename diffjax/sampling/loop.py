@@ -69,8 +69,12 @@ def prior(key: jax.Array, shape: tuple[int, ...], levels: Level, *, mean: Array 
     return first.alpha * mean + jnp.sqrt((first.alpha * std) ** 2 + first.sigma**2) * noise
 
 
-def check_grid(levels: Level) -> tuple[Level, bool]:
+def check_grid(levels: Level, *, ascending: bool = False) -> tuple[Level, bool]:
     """The grid (float64 numpy if it is concrete) and whether a step of it may have to be skipped.
+
+    Args:
+      levels: fields [n + 1].
+      ascending: whether the noise may grow along the grid.
 
     Raises:
       ValueError: if the shapes differ, there is no step, a value is not a number, or the noise grows along the grid.
@@ -85,25 +89,66 @@ def check_grid(levels: Level) -> tuple[Level, bool]:
     noise = np.arctan2(levels.sigma, levels.alpha)
     if np.any(np.isnan(noise)) or np.any(levels.alpha < 0) or np.any(levels.sigma < 0):
         raise ValueError("levels: alpha and sigma must be numbers >= 0")
-    if np.any(np.diff(noise) > 0):
+    if not ascending and np.any(np.diff(noise) > 0):
         i = int(np.argmax(np.diff(noise) > 0))
         raise ValueError(
             f"levels: sigma / alpha must not grow along the grid, but it does from step {i} to {i + 1} "
-            f"({levels.s[i]:.6g} to {levels.s[i + 1]:.6g}); grids run from noise to data"
+            f"({levels.s[i]:.6g} to {levels.s[i + 1]:.6g}); grids run from noise to data. To go the other way, from "
+            "data to noise, use encode(...) or an inverse(...) solver"
         )
-    return levels, bool(np.any(np.diff(noise) == 0))
+    # A network may depend on its time alone, so a step that changes only t still moves.
+    still = (np.diff(levels.alpha) == 0) & (np.diff(levels.sigma) == 0)
+    return levels, bool(np.any(still))
+
+
+def _is_level(a) -> bool:
+    return isinstance(a, Level)
+
+
+def _check_grids(levels, x, ascending: bool):
+    """`check_grid` of every grid of a state: one for each component of `x`, all with the same number of steps."""
+    if _is_level(levels) and not isinstance(x, (jax.Array, np.ndarray)):
+        levels = jax.tree.map(lambda _: levels, x)
+    if jax.tree.structure(levels, is_leaf=_is_level) != jax.tree.structure(x):
+        given, state = jax.tree.structure(levels, is_leaf=_is_level), jax.tree.structure(x)
+        raise ValueError(f"levels: expected one grid for each array of x, {state}; got {given}")
+    checked = jax.tree.map(partial(check_grid, ascending=ascending), levels, is_leaf=_is_level)
+    pairs = jax.tree.leaves(checked, is_leaf=lambda a: isinstance(a, tuple) and not _is_level(a))
+    lengths = {len(grid.t) - 1 for grid, _ in pairs}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"levels: every component needs the same number of steps, got {sorted(lengths)}; pad the "
+            "shorter grids with their last level"
+        )
+    grids = jax.tree.unflatten(jax.tree.structure(levels, is_leaf=_is_level), [grid for grid, _ in pairs])
+    return grids, all(skips for _, skips in pairs), lengths.pop()
 
 
 def _no_key(j: int) -> Array:
     raise ValueError("this solver draws noise: pass sample(..., key=...) or sample(..., noise=f)")
 
 
-def _take_step(solver: Solver, denoise: Denoiser, noise, trace, skips: bool, key, carry, row):
-    """One step of the loop: `(x, memory), (index, level, next, coef) -> (x, memory), traced`."""
+class _Options(NamedTuple):
+    """What the step of a loop is compiled with."""
+
+    solver: Solver
+    denoise: Denoiser
+    noise: Callable | None
+    trace: Callable | None
+    skips: bool
+    check_finite: bool
+
+
+def _take_step(options: _Options, key, carry, row):
+    """One step of the loop: `(x, memory, bad), (index, level, next, coef) -> (x, memory, bad), traced`.
+
+    `bad` is the first step that was not finite, or -1.
+    """
+    solver, denoise, noise, trace, skips, check_finite = options
     index, level, following, coef = row
 
     def draw(j):
-        return normal(_fold(key, index, j), carry[0])
+        return _draw(key, index, j, carry[0])
 
     if noise is not None:
         draw = partial(noise, index)
@@ -111,31 +156,60 @@ def _take_step(solver: Solver, denoise: Denoiser, noise, trace, skips: bool, key
         draw = _no_key
 
     def take(carry):
-        x, memory = carry
+        x, memory, bad = carry
         x_next, memory, prediction = solver.step(denoise, x, memory, Step(index, level, following, coef, draw))
+        if check_finite:
+            fine = [jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves((x_next, prediction))]
+            bad = jnp.where((bad < 0) & ~jnp.stack(fine).all(), index, bad)
         info = StepInfo(index, level, following, x, x_next, prediction)
-        return (x_next, memory), None if trace is None else trace(info)
+        return (x_next, memory, bad), None if trace is None else trace(info)
 
     if not skips:
         return take(carry)
-    still = (level.alpha == following.alpha) & (level.sigma == following.sigma)
+    moves = [
+        (a.alpha != b.alpha) | (a.sigma != b.sigma)
+        for a, b in zip(*(jax.tree.leaves(at, is_leaf=_is_level) for at in (level, following)), strict=True)
+    ]
 
     def skip(carry):
-        x, _ = carry
-        info = StepInfo(index, level, following, x, x, Prediction(x, jnp.zeros_like(x)))
+        x = carry[0]
+        nothing = jax.tree.map(lambda _, a: Prediction(a, jnp.zeros_like(a)), level, x, is_leaf=_is_level)
+        info = StepInfo(index, level, following, x, x, nothing)
         return carry, None if trace is None else trace(info)
 
-    return jax.lax.cond(still, skip, take, carry)
+    return jax.lax.cond(jnp.stack(moves).any(), take, skip, carry)
 
 
-def _fold(key, index, j):
-    """The key of draw `j` of step `index`, for one key or an array of them."""
-    if key.ndim == 0:
-        return jax.random.fold_in(jax.random.fold_in(key, index), j)
-    return jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, index), j))(key)
+def _fold(key, data):
+    """`fold_in` for one key or an array of them."""
+    return jax.random.fold_in(key, data) if key.ndim == 0 else jax.vmap(lambda k: jax.random.fold_in(k, data))(key)
 
 
-_host_step = jax.jit(_take_step, static_argnums=(0, 1, 2, 3, 4))
+def _draw(key, index, j, x):
+    """Draw `j` of step `index`: unit noise for every floating array of the state, each from a key of its own."""
+    key = _fold(_fold(key, index), j)
+    if isinstance(x, jax.Array):
+        return normal(key, x)
+    leaves, structure = jax.tree.flatten(x)
+    keys = [_fold(key, i) for i in range(len(leaves))]
+    floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+    return structure.unflatten([normal(k, a) if floating(a) else k for k, a in zip(keys, leaves, strict=True)])
+
+
+_host_step = jax.jit(_take_step, static_argnums=0)
+
+
+def _report(bad, levels):
+    """Raises if a step of the loop was not finite; runs on the host."""
+    if bad >= 0:
+        at = "; ".join(
+            f"t = {level.t[bad]:.6g}, alpha = {level.alpha[bad]:.6g}, sigma = {level.sigma[bad]:.6g}"
+            for level in jax.tree.leaves(levels, is_leaf=_is_level)
+        )
+        raise FloatingPointError(
+            f"the sampler met a value that is not finite, first at step {int(bad)} (from 0), where {at}; look at the "
+            "network there, or use more steps, less guidance or another solver"
+        )
 
 
 def sample(
@@ -149,6 +223,7 @@ def sample(
     trace: Callable[[StepInfo], Any] | None = None,
     loop: str = "scan",
     progress: Callable[[Iterable], Iterable] = iter,
+    check_finite: bool = False,
 ) -> Array | tuple[Array, Any]:
     """Carries `x` from `levels[0]` to `levels[-1]`; returns the state there, [B, ...], in x's dtype or float32.
 
@@ -158,8 +233,8 @@ def sample(
     Args:
       solver: such as `heun()`.
       denoise: any `(x, level) -> Prediction`.
-      x: the state at `levels[0]` [B, ...], for instance from `prior`.
-      levels: fields [n + 1], noise first.
+      x: the state at `levels[0]` [B, ...], for instance from `prior`. A pytree of arrays for a `product` solver.
+      levels: fields [n + 1], noise first. One grid for each array of `x`, or one for all.
       key: for solvers that draw noise; one typed key, or a [B] array of keys: noise that does not depend on the batch.
       noise: `(index, j) -> [B, ...]`, unit noise for draw `j` of step `index`, in place of the key; traceable.
       trace: `StepInfo -> pytree`, stacked over the steps; keep it small, it is what a trajectory costs in memory. Of
@@ -167,6 +242,8 @@ def sample(
       loop: "scan" (one `lax.scan`), "unroll" (n copies of the step in one program: much faster gradients of
         convolutions on CPU) or "host" (one jitted step called from Python; not inside jit). The results are the same.
       progress: wraps the iterable of steps of the host loop, such as `tqdm.tqdm`.
+      check_finite: reports the first step at which a prediction or the state was infinite or not a number, once at the
+        end of the loop (host loop: at once); jitted programs raise it as a `JaxRuntimeError` with the same text.
 
     Returns:
       The samples, or `(samples, traced)` if `trace` is given.
@@ -174,30 +251,47 @@ def sample(
     Raises:
       ValueError: for a grid that is malformed or runs from data to noise, an unknown loop, noise without a key, or a
         grid on which the denoiser is undefined.
+      FloatingPointError: with `check_finite`.
     """
     if loop not in LOOPS:
         raise ValueError(f"loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
-    levels, skips = check_grid(levels)
-    n = levels.t.shape[0] - 1
-    if isinstance(levels.t, np.ndarray) and hasattr(denoise, "check"):
-        denoise.check(levels.at(slice(None, -1)))
-    x = jnp.asarray(x)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jax.tree.map(_at_least_float32, x)
+    levels, skips, n = _check_grids(levels, x, solver.ascending)
+    at = lambda index: jax.tree.map(lambda level: level.at(index), levels, is_leaf=_is_level)
+    if hasattr(denoise, "check") and all(isinstance(a, np.ndarray) for a in jax.tree.leaves(levels)):
+        denoise.check(at(slice(None, -1)))
     memory, coef = solver.init(x, levels)
-    cast = lambda a: jnp.asarray(a, x.dtype if jnp.issubdtype(jnp.result_type(a), jnp.floating) else None)
-    rows = jax.tree.map(cast, (np.arange(n), levels.at(slice(None, -1)), levels.at(slice(1, None)), coef))
+    dtype = jnp.result_type(
+        jnp.float32, *(a.dtype for a in jax.tree.leaves(x) if jnp.issubdtype(a.dtype, jnp.floating))
+    )
+    cast = lambda a: jnp.asarray(a, dtype if jnp.issubdtype(jnp.result_type(a), jnp.floating) else None)
+    rows = jax.tree.map(cast, (np.arange(n), at(slice(None, -1)), at(slice(1, None)), coef))
+    carry = (x, memory, jnp.asarray(-1) if check_finite else None)
+    options = _Options(solver, denoise, noise, trace, skips, check_finite)
 
     if loop == "host":
-        if isinstance(x, jax.core.Tracer):
+        if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(x)):
             raise ValueError('loop="host" steps from Python and cannot run inside jit; use "scan" or "unroll"')
-        step = partial(_host_step, solver, denoise, noise, trace, skips, key)
+        step = partial(_host_step, options, key)
     else:
-        step = partial(_take_step, solver, denoise, noise, trace, skips, key)
+        step = partial(_take_step, options, key)
     if loop == "scan":
-        (x, _), traced = jax.lax.scan(step, (x, memory), rows)
-        return x if trace is None else (x, traced)
-    carry, traced = (x, memory), []
-    for i in progress(range(n)) if loop == "host" else range(n):
-        carry, out = step(carry, jax.tree.map(lambda a, i=i: a[i], rows))
-        traced.append(out)
-    return carry[0] if trace is None else (carry[0], jax.tree.map(lambda *a: jnp.stack(a), *traced))
+        carry, traced = jax.lax.scan(step, carry, rows)
+    else:
+        traced = []
+        for i in progress(range(n)) if loop == "host" else range(n):
+            carry, out = step(carry, jax.tree.map(lambda a, i=i: a[i], rows))
+            traced.append(out)
+            if check_finite and loop == "host":
+                _report(np.asarray(carry[2]), levels)
+        traced = jax.tree.map(lambda *a: jnp.stack(a), *traced)
+    x, _, bad = carry
+    if check_finite and loop != "host":
+        jax.debug.callback(_report, bad, levels)
+    return x if trace is None else (x, traced)
+
+
+def _at_least_float32(a) -> jax.Array:
+    """`a` as a jax array, half precision raised to float32, integers (tokens) as they are."""
+    a = jnp.asarray(a)
+    return a.astype(jnp.promote_types(a.dtype, jnp.float32)) if jnp.issubdtype(a.dtype, jnp.floating) else a

@@ -199,3 +199,36 @@ def test_other_messages():
         dj.sample(dj.ddim(1.0), GAUSSIAN.denoise, x, grid, jax.random.split(jax.random.key(0), 2))
     with pytest.raises(ValueError, match="cannot run inside jit"):
         jax.jit(lambda x: dj.sample(dj.euler(), GAUSSIAN.denoise, x, grid, loop="host"))(x)
+
+
+def poisoned(step):
+    """A denoiser that returns NaN from the given level on."""
+
+    def denoise(x, level):
+        p = GAUSSIAN.denoise(x, level)
+        return p._replace(x0=jnp.where(level.t <= dj.karras(dj.EDM(), 6).t[step] + 1e-4, jnp.nan, p.x0))
+
+    return denoise
+
+
+@pytest.mark.parametrize("loop", dj.sampling.loop.LOOPS)
+def test_the_first_step_that_is_not_finite_is_reported(loop):
+    grid = dj.karras(dj.EDM(), 6)
+    x = jnp.ones((2, 2))
+    with pytest.raises(Exception, match=r"first at step 4 \(from 0\), where t = .*sigma = "):
+        jax.block_until_ready(dj.sample(dj.ddim(), poisoned(4), x, grid, loop=loop, check_finite=True))
+        jax.effects_barrier()
+    jax.block_until_ready(dj.sample(dj.ddim(), GAUSSIAN.denoise, x, grid, loop=loop, check_finite=True))
+    assert np.isnan(dj.sample(dj.ddim(), poisoned(4), x, grid, loop=loop)).all()
+
+
+def test_a_solver_must_allow_noise_to_grow():
+    back = lambda n: dj.Level(*(field[::-1] for field in dj.logsnr(dj.EDM(), n, s_min=0.01, s_max=10.0)))
+    x = jnp.ones((2, 2))
+    with pytest.raises(ValueError, match="must not grow along the grid.*encode"):
+        dj.sample(dj.ddim(), GAUSSIAN.denoise, x, back(6))
+    errors = []
+    for n in (100, 200):
+        there = dj.sample(dj.ddim()._replace(ascending=True), GAUSSIAN.denoise, x, back(n))
+        errors.append(float(jnp.max(jnp.abs(there - GAUSSIAN.flow(x, back(n).at(0), back(n).at(-1))))))
+    assert 1.7 < errors[0] / errors[1] < 2.3  # Euler's method, order 1, in this direction as in the other

@@ -1,0 +1,72 @@
+"""Several kinds of state sampled together: one denoiser sees all of them, each has its own solver and grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from diffjax.core.types import Prediction, Solver, Step
+
+
+def product(solvers: Mapping[str, Solver]) -> Solver:
+    """One solver for a state of several named arrays, such as `{"image": ..., "text": ...}`.
+
+    The denoiser is joint: `(x, level) -> predictions`, all three dicts with the names of `solvers`. It is called once a
+    step, on the states and levels of all components, and each solver makes its own step of its own part. Grids may
+    differ: a component whose two levels are equal waits, so one part can be sampled before another, or not at all.
+
+        solver = product({"image": dpmpp_2m(), "pose": ddim(1.0)})
+        sample(solver, denoise, {"image": x, "pose": p}, {"image": levels, "pose": other_levels}, key)
+
+    Args:
+      solvers: by name; each must call its denoiser once a step, at the level where the step begins.
+
+    Returns:
+      A solver whose state, levels, noise, memory and predictions are dicts. Its order is the lowest of its parts'.
+
+    Raises:
+      ValueError: if there are none, or one of them calls the network more than once a step: the other parts have no
+        state at its intermediate levels.
+    """
+    solvers = dict(solvers)
+    if not solvers:
+        raise ValueError("product: expected at least one solver, got none")
+    many = {name: solver.nfe(100) for name, solver in solvers.items() if solver.nfe(100) > 100}
+    if many:
+        raise ValueError(
+            f"product: every solver must call the network once a step; for 100 steps got {many} calls. Use multistep "
+            "solvers (ddim, dpmpp_2m, unipc, adams)"
+        )
+
+    def named(what, given):
+        if not isinstance(given, Mapping) or set(given) != set(solvers):
+            names = sorted(given) if isinstance(given, Mapping) else type(given).__name__
+            raise ValueError(f"product: {what} must be a dict of {sorted(solvers)}, got {names}")
+        return given
+
+    def init(x, levels):
+        named("x", x)
+        parts = {name: solver.init(x[name], levels[name]) for name, solver in solvers.items()}
+        return {name: part[0] for name, part in parts.items()}, {name: part[1] for name, part in parts.items()}
+
+    def step(denoise, x, memory, at: Step):
+        joint = named("the denoiser's result", denoise(x, at.level))
+        out = {name: _one(solvers[name], name, joint[name], x, memory, at) for name in solvers}
+        return tuple({name: part[i] for name, part in out.items()} for i in range(3))
+
+    nfe = lambda n: max(solver.nfe(n) for solver in solvers.values())
+    ascending = all(solver.ascending for solver in solvers.values())
+    return Solver(init, step, order=min(s.order for s in solvers.values()), nfe=nfe, ascending=ascending)
+
+
+def _one(solver: Solver, name: str, prediction: Prediction, x, memory, at: Step):
+    """The step of one component, or nothing where its level stays."""
+    level, following = at.level[name], at.next[name]
+    part = Step(at.index, level, following, at.coef[name], lambda j: at.draw(j)[name])
+    moved = solver.step(lambda x, level: prediction, x[name], memory[name], part)
+    still = (level.alpha == following.alpha) & (level.sigma == following.sigma)
+    stay = (x[name], memory[name])
+    kept = jax.tree.map(lambda a, b: jnp.where(still, a, b), stay, tuple(moved[:2]))
+    return *kept, moved[2]
