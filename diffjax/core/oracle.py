@@ -31,6 +31,35 @@ def _check_covariance(mean, cov):
     return mean, np.maximum(variances, 0.0), basis
 
 
+def _condition(mean, cov, A, y, noise_std):
+    """Mean, covariance and log evidence of `N(mean, cov)`, any leading axes, given `y = A x0 + noise_std eps`."""
+    A, y = np.asarray(A, np.float64), np.asarray(y, np.float64)
+    if A.ndim != 2 or A.shape[1] != mean.shape[-1] or y.shape != A.shape[:1]:
+        d = mean.shape[-1]
+        raise ValueError(
+            f"condition: expected A [M, {d}] and y [M] for data in {d} dimensions, got {A.shape}, {y.shape}"
+        )
+    if not noise_std >= 0:
+        raise ValueError(f"condition: noise_std must be a number >= 0, got {noise_std}")
+    # Redundant rows carry no information on x0, and would make the covariance of y singular without noise.
+    u, s, vt = np.linalg.svd(A, full_matrices=False)
+    kept = s > len(s) * np.finfo(float).eps * s.max(initial=0.0) * 10
+    u, rows = u[:, kept], s[kept, None] * vt[kept]
+    if noise_std == 0 and not np.allclose(u @ (u.T @ y), y, rtol=1e-9, atol=1e-9 * np.abs(y).max(initial=0.0)):
+        raise ValueError("condition: no x0 has this y = A x0; give the noise of the measurement, noise_std > 0")
+    spread = rows @ cov @ rows.T + noise_std**2 * np.eye(len(rows))
+    if len(rows) and np.any(np.linalg.eigvalsh(spread)[..., 0] <= 1e-14 * np.abs(cov).max()):
+        raise ValueError("condition: cov leaves y = A x0 no freedom in some direction; give noise_std > 0")
+    gain = np.swapaxes(np.linalg.solve(spread, rows @ cov), -1, -2)
+    residual = u.T @ y - mean @ rows.T
+    # Joseph's form stays positive semi-definite in floating point.
+    left = np.eye(mean.shape[-1]) - gain @ rows
+    posterior = left @ cov @ np.swapaxes(left, -1, -2) + noise_std**2 * gain @ np.swapaxes(gain, -1, -2)
+    quadratic = np.sum(residual * np.linalg.solve(spread, residual[..., None])[..., 0], axis=-1)
+    evidence = -0.5 * (quadratic + np.linalg.slogdet(2 * np.pi * spread)[1])
+    return mean + (gain @ residual[..., None])[..., 0], (posterior + np.swapaxes(posterior, -1, -2)) / 2, evidence
+
+
 @dataclass(frozen=True, eq=False)
 class Gaussian:
     """Data `N(mean, cov)`.
@@ -87,6 +116,21 @@ class Gaussian:
         z, variance = self._whiten(x, start)
         end_variance = end.alpha**2 * self._variances + end.sigma**2
         return end.alpha * self.mean + (jnp.sqrt(end_variance / variance) * z) @ self._basis.T
+
+    def condition(self, A: Array, y: Array, noise_std: float) -> Gaussian:
+        """The data given a linear measurement `y = A x0 + noise_std eps`: their posterior, again a `Gaussian`.
+
+        Its own `denoise` is what every method for inverse problems approximates.
+
+        Args:
+          A: [M, D], concrete.
+          y: [M], concrete.
+          noise_std: of the measurement; 0 pins `A x0`.
+
+        Raises:
+          ValueError: for other shapes, or without noise for a `y` that no data have or that is certain already.
+        """
+        return Gaussian(*_condition(self.mean, self.cov, A, y, noise_std)[:2])
 
     def sample(self, key: jax.Array, n: int) -> Array:
         """Clean data [n, D]."""
@@ -177,6 +221,23 @@ class Mixture:
             return (last - first) * s * self.denoise(y, Level(s, jnp.ones_like(s), s)).eps
 
         return end.alpha * odeint(velocity, x / start.alpha, jnp.array([0.0, 1.0], x.dtype), rtol=rtol, atol=rtol)[-1]
+
+    def condition(self, A: Array, y: Array, noise_std: float) -> Mixture:
+        """The data given a linear measurement `y = A x0 + noise_std eps`: each component conditioned and reweighted.
+
+        Args:
+          A: [M, D], concrete.
+          y: [M], concrete.
+          noise_std: of the measurement; 0 pins `A x0`.
+
+        Raises:
+          ValueError: for other shapes, or without noise for a `y` that no data have or that is certain already.
+        """
+        means, covs, evidence = _condition(self.means, self.covs, A, y, noise_std)
+        log_weights = np.log(self.weights) + evidence
+        # Components keep their order; one that the measurement rules out keeps the smallest weight there is.
+        weights = np.maximum(np.exp(log_weights - log_weights.max()), np.finfo(float).tiny)
+        return Mixture(weights, means, covs)
 
     def sample(self, key: jax.Array, n: int) -> tuple[Array, Array]:
         """Clean data [n, D] and the component of each [n] int32."""
