@@ -10,6 +10,7 @@ rounded timestep that a real network would be given. NFE is a budget: a two-call
 import argparse
 import copy
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ import targets  # noqa: E402
 import torch  # noqa: E402
 
 BUDGETS = (5, 8, 10, 15, 20, 30, 50)
+LAW_TARGETS, LAW_BUDGETS = ("ring8",), (10, 20, 50)
 RESULTS = Path(__file__).parent / "results" / "nfe_vs_error_peers.json"
 FLOW_S_MAX = 999.0  # t = 0.999, where diffusers' flow sigmas start too: k-diffusion's sigma is infinite at t = 1
 
@@ -54,9 +56,9 @@ class Exact:
         variance = alpha**2 * self.variances + sigma**2
         scaled = z / variance
         weight = torch.softmax(self.log_weights - 0.5 * ((z * scaled).sum(-1) + variance.log().sum(-1)), -1)
-        scaled *= weight[..., None]
-        x0 = weight @ self.means + (alpha * self.variances * scaled).flatten(1) @ self.back
-        return x0, sigma * scaled.flatten(1) @ self.back
+        scaled *= weight[..., None] * (alpha * self.variances)
+        x0 = weight @ self.means + scaled.flatten(1) @ self.back
+        return x0, (x - alpha * x0) / sigma
 
 
 class Peer(NamedTuple):
@@ -185,7 +187,7 @@ def run_k(name, grid, keywords, net, noise, process, budget, draw, s_min=None):
     sampler = getattr(k, f"sample_{name}")
     model = lambda x, sigma: net.halves(x, 1.0, sigma[0].item())[0]
     keywords = dict(keywords, disable=True)
-    if "noise_sampler" in sampler.__code__.co_varnames:
+    if "noise_sampler" in inspect.signature(sampler).parameters:
         keywords["noise_sampler"] = brownian(draw)
     if name == "dpm_fast":
         low, high = s_range(process)
@@ -406,12 +408,20 @@ def gaussian_kl(peer, target, process, budget):
     return float(np.mean(kl)), net.calls
 
 
+def laws(peer, target, process, budget, n=4096):
+    """`[spread, weights]` of `targets.law` for a sampler that draws noise."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(n, target.dim, dtype=torch.float64, generator=generator)
+    x = peer.run(Exact(target), draw(), process, budget, draw).numpy()
+    return [short(value) for value in targets.law(target, x).values()]
+
+
 def short(value):
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
 def measure(names):
-    """Rows `{target: {process: {peer: {nfe: [rmse, median, flips, calls]}}}}` and `{peer: {nfe: [kl, calls]}}`."""
+    """`{target: {process: {peer: {nfe: [rmse, median, flips, calls]}}}}`."""
     peers = diffusers_on_tables() + diffusers_elsewhere() + k_diffusion_peers()
     rows = {}
     for target in (targets.TARGETS[name]() for name in names):
@@ -423,13 +433,20 @@ def measure(names):
                 if process.name in peer.processes:
                     cell[peer.name] = row(peer, net, target, process, noise, exact)
             print(f"{target.name} {process.name}: {len(cell)} peers, {time.process_time():.0f} s", flush=True)
-    gauss, vp = targets.gauss16(), targets.vp()
-    kl = {}
+    return rows
+
+
+def measure_stochastic():
+    """On VP: `{peer: {nfe: [kl, calls]}}` on gauss16 and `{target: {peer: {nfe: [spread, weights]}}}`."""
+    gauss, process, kl, law = targets.gauss16(), targets.vp(), {}, {}
     for peer in stochastic_peers():
         for budget in BUDGETS:
-            value, calls = gaussian_kl(peer, gauss, vp, budget)
+            value, calls = gaussian_kl(peer, gauss, process, budget)
             kl.setdefault(peer.name, {})[budget] = [short(value), calls]
-    return rows, kl
+        for name in LAW_TARGETS:
+            drawn = {budget: laws(peer, targets.TARGETS[name](), process, budget) for budget in LAW_BUDGETS}
+            law.setdefault(name, {})[peer.name] = drawn
+    return kl, law
 
 
 def row(peer, net, target, process, noise, exact):
@@ -468,7 +485,8 @@ def main():
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     kept = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else {}
-    rows, kl = measure(arguments.targets)
+    rows = measure(arguments.targets)
+    kl, law = measure_stochastic()
     report = {
         "command": "python benchmarks/peers.py",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread, {time.process_time():.0f} s of it",
@@ -477,6 +495,8 @@ def main():
         "columns": ["rmse", "median", "flips", "calls"],
         "rows": {name: (kept | rows)[name] for name in targets.TARGETS if name in kept | rows},
         "kl": kl,
+        "law_columns": ["spread", "weights"],
+        "law": law,
     }
     dump(report, arguments.out)
 

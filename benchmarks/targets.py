@@ -272,6 +272,27 @@ def errors(target: Target, x, exact) -> dict[str, float]:
     }
 
 
+def law(target: Target, x) -> dict[str, float]:
+    """What samples [n, D] say of a sampler's distribution on modes that hardly overlap.
+
+    `spread` is the mean squared Mahalanobis distance to the nearest mode's mean over D: 1 for exact samples with a
+    standard error of `sqrt(2 / (n D))`, less where the modes shrank. `weights` is Pearson's chi-square of the modes'
+    counts over its K - 1 degrees of freedom: 1 for exact samples with a standard error of `sqrt(2 / (K - 1))`.
+    """
+    x = np.asarray(x, np.float64)
+    if not np.isfinite(x).all():
+        return {"spread": float("inf"), "weights": float("inf")}
+    variances, bases = target.eigen
+    mode = target.responsibilities(np.clip(x, -1e6, 1e6)).argmax(-1)
+    z = np.einsum("bd,bde->be", x - target.means[mode], bases[mode])
+    counts = np.bincount(mode, minlength=len(target.weights))
+    expected = len(x) * target.weights
+    return {
+        "spread": float(np.mean(z**2 / variances[mode])),
+        "weights": float(np.sum((counts - expected) ** 2 / expected) / (len(expected) - 1)),
+    }
+
+
 def _save(path: Path, **arrays):
     """Writes an npz in one piece, so that another process never reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
