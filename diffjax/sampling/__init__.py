@@ -1,11 +1,15 @@
 """Samplers: the loop and the solvers that it runs."""
 
+from diffjax.sampling.adaptive import Stats, adaptive, flow_time, from_flow, probability_flow, to_flow
+from diffjax.sampling.edit import inpaint, noised, repaint, repaint_levels, sdedit, start_from
 from diffjax.sampling.fewstep import consistency, consistency_head, flow_map, lcm, mean_flow, shortcut, tcd
 from diffjax.sampling.loop import StepInfo, check_grid, normal, prior, sample
 from diffjax.sampling.multistep import dpmpp_2m
 from diffjax.sampling.product import product
+from diffjax.sampling.sde_adams import sa_solver, sde_adams
 from diffjax.sampling.sde_dpm import inner_levels, sde_dpm_2m, sde_dpmpp, sde_dpmpp_2m, sde_dpmpp_3m
 from diffjax.sampling.solvers import ddim, euler, heun
+from diffjax.sampling.steer import smc
 from diffjax.sampling.stochastic import ancestral, ancestral_ddpm, churn, euler_ancestral, euler_ancestral_rf
 
 SOLVERS = {
@@ -18,6 +22,8 @@ SOLVERS = {
     "euler_ancestral_rf": euler_ancestral_rf,
     "heun": heun,
     "lcm": lcm,
+    "sa_solver": sa_solver,
+    "sde_adams": sde_adams,
     "sde_dpm_2m": sde_dpm_2m,
     "sde_dpmpp": sde_dpmpp,
     "sde_dpmpp_2m": sde_dpmpp_2m,
@@ -27,7 +33,9 @@ SOLVERS = {
 
 __all__ = [
     "SOLVERS",
+    "Stats",
     "StepInfo",
+    "adaptive",
     "ancestral",
     "ancestral_ddpm",
     "check_grid",
@@ -40,18 +48,31 @@ __all__ = [
     "euler_ancestral",
     "euler_ancestral_rf",
     "flow_map",
+    "flow_time",
+    "from_flow",
     "heun",
     "inner_levels",
+    "inpaint",
     "lcm",
     "mean_flow",
+    "noised",
     "normal",
     "prior",
+    "probability_flow",
     "product",
+    "repaint",
+    "repaint_levels",
+    "sa_solver",
     "sample",
+    "sde_adams",
     "sde_dpm_2m",
     "sde_dpmpp",
     "sde_dpmpp_2m",
     "sde_dpmpp_3m",
+    "sdedit",
     "shortcut",
+    "smc",
+    "start_from",
     "tcd",
+    "to_flow",
 ]

@@ -94,6 +94,9 @@ def cases():
     yield "d/cm", dj.consistency(0.002), cm_denoise, 1
     yield "d/flow_stochastic", dj.consistency(), flow_denoise, 1
     yield "d/rf_1.0", dj.euler_ancestral_rf(), flow_denoise, 1
+    for tau, flag in ((1.0, "one"), (0.5, "half")):
+        for predictor, corrector in ((1, 1), (2, 2), (3, 3), (3, 4), (2, 1)):
+            yield f"d/sa_{flag}_{predictor}{corrector}", dj.sa_solver(predictor, corrector, tau), eps_denoise, 1
     yield "d/rf_0.4", dj.euler_ancestral_rf(0.4, 0.9), flow_denoise, 1
 
 
