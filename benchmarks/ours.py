@@ -15,7 +15,8 @@ from diffjax import sampling
 BUDGETS = (5, 8, 10, 15, 20, 30, 50)
 SCHEDULES = {"vp": dj.ddpm, "cosine": dj.squared_cosine, "edm": dj.EDM, "flow": dj.Flow}
 FLOW_S_MAX = 999.0  # t = 0.999, for spacings that need a finite end
-LAW_SAMPLES = 4096
+LAW_SAMPLES, LAW_TARGETS, LAW_BUDGETS = 4096, ("ring8",), (10, 20, 50)
+HEADLINES = ("dpmpp_2m karras", "dpmpp_2m exponential")
 
 
 class Method(NamedTuple):

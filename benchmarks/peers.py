@@ -463,19 +463,6 @@ def row(peer, net, target, process, noise, exact):
     return out
 
 
-def dump(report, path):
-    """JSON with one line a configuration."""
-
-    def text(value, depth):
-        if not isinstance(value, dict) or depth == 0:
-            return json.dumps(value)
-        inner = (f"{' ' * (5 - depth)}{json.dumps(str(key))}: {text(item, depth - 1)}" for key, item in value.items())
-        return "{\n" + ",\n".join(inner) + "\n" + " " * (4 - depth) + "}"
-
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text(report, 4) + "\n")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -498,7 +485,7 @@ def main():
         "law_columns": ["spread", "weights"],
         "law": law,
     }
-    dump(report, arguments.out)
+    targets.dump(report, arguments.out)
 
 
 if __name__ == "__main__":

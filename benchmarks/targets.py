@@ -8,6 +8,7 @@ What does not depend on a solver is computed once and kept in `CACHE` (`runs/ben
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -291,6 +292,19 @@ def law(target: Target, x) -> dict[str, float]:
         "spread": float(np.mean(z**2 / variances[mode])),
         "weights": float(np.sum((counts - expected) ** 2 / expected) / (len(expected) - 1)),
     }
+
+
+def dump(report, path: Path):
+    """Writes JSON with one line a configuration."""
+
+    def text(value, depth):
+        if not isinstance(value, dict) or depth == 0:
+            return json.dumps(value)
+        inner = (f"{' ' * (5 - depth)}{json.dumps(str(key))}: {text(item, depth - 1)}" for key, item in value.items())
+        return "{\n" + ",\n".join(inner) + "\n" + " " * (4 - depth) + "}"
+
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text(report, 4) + "\n")
 
 
 def _save(path: Path, **arrays):
