@@ -1,8 +1,27 @@
 """Samplers: the loop and the solvers that it runs."""
 
 from diffjax.sampling.adaptive import Stats, adaptive, flow_time, from_flow, probability_flow, to_flow
+from diffjax.sampling.brownian import brownian
+from diffjax.sampling.diagnose import Moments, gaussian_kl, gaussian_moments
 from diffjax.sampling.edit import inpaint, noised, repaint, repaint_levels, sdedit, start_from
 from diffjax.sampling.fewstep import consistency, consistency_head, flow_map, lcm, mean_flow, shortcut, tcd
+from diffjax.sampling.langevin import annealed_langevin, euler_maruyama, predictor_corrector
+from diffjax.sampling.likelihood import (
+    ELBO,
+    bits_per_dim,
+    ddim_inversion,
+    decode,
+    dequantize,
+    discretized_decoder,
+    elbo,
+    encode,
+    gaussian_decoder,
+    gaussian_prior,
+    inverse,
+    log_likelihood,
+    slerp,
+    vlb,
+)
 from diffjax.sampling.loop import StepInfo, check_grid, normal, prior, sample
 from diffjax.sampling.multistep import dpmpp_2m
 from diffjax.sampling.product import product
@@ -14,12 +33,14 @@ from diffjax.sampling.stochastic import ancestral, ancestral_ddpm, churn, euler_
 
 SOLVERS = {
     "ancestral_ddpm": ancestral_ddpm,
+    "annealed_langevin": annealed_langevin,
     "consistency": consistency,
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "euler_ancestral_rf": euler_ancestral_rf,
+    "euler_maruyama": euler_maruyama,
     "heun": heun,
     "lcm": lcm,
     "sa_solver": sa_solver,
@@ -32,31 +53,50 @@ SOLVERS = {
 }
 
 __all__ = [
+    "ELBO",
+    "Moments",
     "SOLVERS",
     "Stats",
     "StepInfo",
     "adaptive",
     "ancestral",
     "ancestral_ddpm",
+    "annealed_langevin",
+    "bits_per_dim",
+    "brownian",
     "check_grid",
     "churn",
     "consistency",
     "consistency_head",
     "ddim",
+    "ddim_inversion",
+    "decode",
+    "dequantize",
+    "discretized_decoder",
     "dpmpp_2m",
+    "elbo",
+    "encode",
     "euler",
     "euler_ancestral",
     "euler_ancestral_rf",
+    "euler_maruyama",
     "flow_map",
     "flow_time",
     "from_flow",
+    "gaussian_decoder",
+    "gaussian_kl",
+    "gaussian_moments",
+    "gaussian_prior",
     "heun",
     "inner_levels",
     "inpaint",
+    "inverse",
     "lcm",
+    "log_likelihood",
     "mean_flow",
     "noised",
     "normal",
+    "predictor_corrector",
     "prior",
     "probability_flow",
     "product",
@@ -71,8 +111,10 @@ __all__ = [
     "sde_dpmpp_3m",
     "sdedit",
     "shortcut",
+    "slerp",
     "smc",
     "start_from",
     "tcd",
     "to_flow",
+    "vlb",
 ]
