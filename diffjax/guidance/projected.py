@@ -55,8 +55,9 @@ def momentum(solver: Solver, guide: Callable[[Denoiser], Denoiser], beta: float 
     """A solver whose guidance is a running sum over the steps (Sadat et al. 2024, arXiv:2410.02416, section 4).
 
     The difference d of the pair's two predictions of x0 becomes `d + beta previous`, kept in the solver's memory,
-    before `guide` reads the pair: `momentum(heun(), lambda pair: apg(pair, 7.5, norm=2.5))`, sampled with the pair itself as
-    the denoiser. beta < 0, as the paper has it, pushes away from where the last steps were pushed.
+    before `guide` reads the pair. The pair itself is the denoiser to sample with:
+    `sample(momentum(heun(), lambda pair: apg(pair, 7.5, norm=2.5)), pair, x, levels)`. beta < 0, as in the paper,
+    pushes away from where the last steps were pushed.
 
     The average moves once a step, at the solver's first call; later calls of the same step add the same `previous`, so
     that a second-order correction sees the function that it corrects. (The released code moves it at each call, which
