@@ -23,26 +23,31 @@ from diffjax.sampling.likelihood import (
     vlb,
 )
 from diffjax.sampling.loop import StepInfo, check_grid, normal, prior, sample
-from diffjax.sampling.multistep import dpmpp_2m
+from diffjax.sampling.multistep import deis, dpm_multistep, dpmpp_2m, dpmpp_3m, lms
 from diffjax.sampling.product import product
 from diffjax.sampling.sde_adams import sa_solver, sde_adams
 from diffjax.sampling.sde_dpm import inner_levels, sde_dpm_2m, sde_dpmpp, sde_dpmpp_2m, sde_dpmpp_3m
 from diffjax.sampling.solvers import ddim, euler, heun
 from diffjax.sampling.steer import smc
 from diffjax.sampling.stochastic import ancestral, ancestral_ddpm, churn, euler_ancestral, euler_ancestral_rf
+from diffjax.sampling.unipc import unipc
 
 SOLVERS = {
     "ancestral_ddpm": ancestral_ddpm,
     "annealed_langevin": annealed_langevin,
     "consistency": consistency,
     "ddim": ddim,
+    "deis": deis,
+    "dpm_multistep": dpm_multistep,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "euler_ancestral_rf": euler_ancestral_rf,
     "euler_maruyama": euler_maruyama,
     "heun": heun,
     "lcm": lcm,
+    "lms": lms,
     "sa_solver": sa_solver,
     "sde_adams": sde_adams,
     "sde_dpm_2m": sde_dpm_2m,
@@ -50,6 +55,7 @@ SOLVERS = {
     "sde_dpmpp_2m": sde_dpmpp_2m,
     "sde_dpmpp_3m": sde_dpmpp_3m,
     "tcd": tcd,
+    "unipc": unipc,
 }
 
 __all__ = [
@@ -71,9 +77,12 @@ __all__ = [
     "ddim",
     "ddim_inversion",
     "decode",
+    "deis",
     "dequantize",
     "discretized_decoder",
+    "dpm_multistep",
     "dpmpp_2m",
+    "dpmpp_3m",
     "elbo",
     "encode",
     "euler",
@@ -92,6 +101,7 @@ __all__ = [
     "inpaint",
     "inverse",
     "lcm",
+    "lms",
     "log_likelihood",
     "mean_flow",
     "noised",
@@ -116,5 +126,6 @@ __all__ = [
     "start_from",
     "tcd",
     "to_flow",
+    "unipc",
     "vlb",
 ]
