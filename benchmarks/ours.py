@@ -77,7 +77,7 @@ def deterministic() -> list[Method]:
 def stochastic() -> list[Method]:
     """The samplers that draw noise."""
     out = []
-    for spacing in ("karras", "exponential"):
+    for spacing in ("karras", "exponential", "asinh"):
         out += [
             fixed("ancestral_ddpm", spacing),
             fixed("euler_ancestral", spacing),
@@ -85,6 +85,9 @@ def stochastic() -> list[Method]:
             fixed("sde_dpmpp_2m", spacing),
             fixed("sde_dpmpp_3m", spacing),
             fixed("sde_dpmpp_3m", spacing, label="sde_dpmpp_3m(exact)", curvature="exact"),
+            fixed("sa_solver", spacing),
+            fixed("sde_adams", spacing, 2, label="sde_adams(2)"),
+            fixed("sde_adams", spacing, 3, label="sde_adams(3)"),
         ]
     return out
 

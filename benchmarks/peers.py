@@ -61,6 +61,46 @@ class Exact:
         return x0, (x - alpha * x0) / sigma
 
 
+class Remote:
+    """A denoiser in another process: asks for `D(y, s)` on stdout, reads the answer on stdin; `halves` as `Exact`."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def halves(self, x, alpha, sigma):
+        self.calls += 1
+        x = x.to(torch.float64)
+        send({"s": sigma / alpha}, (x / alpha).numpy())
+        x0 = torch.from_numpy(receive(x.shape))
+        return x0, (x - alpha * x0) / sigma
+
+
+def send(message: dict, array):
+    sys.stdout.buffer.write(json.dumps(message).encode() + b"\n" + np.ascontiguousarray(array, np.float64).tobytes())
+    sys.stdout.buffer.flush()
+
+
+def receive(shape):
+    data = sys.stdin.buffer.read(8 * int(np.prod(shape)))
+    return np.frombuffer(data, np.float64).reshape(tuple(shape)).copy()
+
+
+def serve():
+    """Runs peers on the parent's denoiser: a line `{peer, nfe, shape, s_min, s_max}` and unit noise in, samples out."""
+    peers = {peer.name: peer for peer in diffusers_on_tables() + diffusers_elsewhere() + k_diffusion_peers()}
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        noise = torch.from_numpy(receive(job["shape"]))
+        peer, net = peers[job["peer"]], Remote()
+        if "edm" in peer.processes:
+            process = targets.Process("edm", job["s_max"])
+        else:
+            s = np.geomspace(job["s_min"], job["s_max"], 1000)
+            process = targets.Process("vp", job["s_max"], 1 / (1 + s**2))
+        x = peer.run(net, noise, process, job["nfe"], no_noise)
+        send({"calls": net.calls}, x.numpy())
+
+
 class Peer(NamedTuple):
     """One configuration: `run(net, noise [B, D], process, budget, draw) -> x` with at most `budget` calls, or None."""
 
@@ -117,7 +157,8 @@ def run_scheduler(make, kind, net, noise, process, budget, draw):
         alpha, sigma = scheduler_levels(scheduler, kind, 0, scheduler.timesteps[0])
         x = sigma * noise
         for i, t in enumerate(scheduler.timesteps):
-            scheduler.scale_model_input(x, t)  # the exact denoiser takes x as it is; this call sets the step index
+            if hasattr(scheduler, "scale_model_input"):  # sets the step index; the exact denoiser takes x as it is
+                scheduler.scale_model_input(x, t)
             level = scheduler_levels(scheduler, kind, i, t)
             out = network_output(net, scheduler, kind, x, level)
             x = scheduler.step(out, t, x).prev_sample.to(torch.float64)
@@ -158,7 +199,7 @@ def brownian(draw):
 def s_range(process):
     """k-diffusion's sigma_min and sigma_max for a process: ends of the table, EDM's, those of t = 0.999 and 0.001."""
     if process.name == "edm":
-        return 0.002, 80.0
+        return 0.002, process.s_max
     if process.name == "flow":
         return 1 / FLOW_S_MAX, FLOW_S_MAX
     return float(np.sqrt(1 / process.alphas_cumprod[0] - 1)), process.s_max
@@ -239,7 +280,8 @@ def plain_peer(label, cls, kind, *, stochastic=False, **settings):
 
     @cache
     def make(process):
-        return getattr(diffusers, cls + "Scheduler")(**settings)
+        ends = {"sigma_max": process.s_max} if kind == "edm" else {}
+        return getattr(diffusers, cls + "Scheduler")(**settings, **ends)
 
     def run(net, noise, process, budget, draw):
         return run_scheduler(make, kind, net, noise, process, budget, draw if stochastic else still(cls))
@@ -250,8 +292,9 @@ def plain_peer(label, cls, kind, *, stochastic=False, **settings):
 def k_peer(label, name, grid, processes=(*TABLES, "edm", "flow"), stochastic=False, s_min=None, **keywords):
     """A sampler of k-diffusion on one of its grids."""
 
-    def run(net, *rest):
-        return run_k(name, grid, keywords, net, *rest, s_min=s_min)
+    def run(net, noise, process, budget, draw):
+        drawn = draw if stochastic else lambda: torch.zeros(())  # at eta = 0 a draw is multiplied by zero
+        return run_k(name, grid, keywords, net, noise, process, budget, drawn, s_min=s_min)
 
     suffix = f" from {s_min}" if s_min else ""
     return Peer(f"k-diffusion {label} {grid}".strip() + suffix, run, processes, stochastic)
@@ -455,7 +498,7 @@ def row(peer, net, target, process, noise, exact):
         net.calls = 0
         try:
             x = peer.run(net, noise, process, budget, no_noise).numpy()
-        except (IndexError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        except (IndexError, ValueError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
             out[budget] = [None, None, None, f"{type(error).__name__}: {error}"[:80]]
             continue
         found = targets.errors(target, x, exact)
@@ -467,20 +510,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--targets", nargs="*", default=list(targets.TARGETS), help="only these; other rows are kept")
+    parser.add_argument("--no-stochastic", dest="stochastic", action="store_false")
+    parser.add_argument("--serve", action="store_true", help="sample from the denoiser of the parent process")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    kept = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else {}
-    rows = measure(arguments.targets)
-    kl, law = measure_stochastic()
+    if arguments.serve:
+        return serve()
+    kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    rows = kept.get("rows", {}) | measure(arguments.targets)
+    kl, law = measure_stochastic() if arguments.stochastic else (kept.get("kl", {}), kept.get("law", {}))
     report = {
         "command": "python benchmarks/peers.py",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread, {time.process_time():.0f} s of it",
         "versions": {name: metadata.version(name) for name in ("diffusers", "k-diffusion", "torch")},
         "targets": {name: make().digest for name, make in targets.TARGETS.items()},
         "columns": ["rmse", "median", "flips", "calls"],
-        "rows": {name: (kept | rows)[name] for name in targets.TARGETS if name in kept | rows},
+        "rows": {name: rows[name] for name in targets.TARGETS if name in rows},
         "kl": kl,
         "law_columns": ["spread", "weights"],
         "law": law,

@@ -1,0 +1,173 @@
+"""The trained digits network: sample quality against network calls, our samplers beside the peers', one network.
+
+    diffjax train --config=configs/digits.py --workdir=runs/digits
+    python benchmarks/digits_nfe.py --workdir=runs/digits      # writes benchmarks/results/digits_nfe.json
+
+The peers run in the environment `--oracle` and call the network of this process through a pipe. All start from the
+same noise and labels and end at sigma = 0, without guidance, x0 clipped to the data's range as in `diffjax eval`.
+`fd_relu` is that of docs/digits.md; `distance` is the median over samples of the root mean square distance to where
+the network's own probability flow ends (Heun in 119 calls), over sigma_data.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours
+import targets
+
+import diffjax as dj
+from diffjax import sampling
+from diffjax.pipelines import judge as judges
+from diffjax.pipelines.evaluate import stratified
+from diffjax.pipelines.sampler import guided_denoiser, settings_for
+from diffjax.train.state import load_run
+
+HERE = Path(__file__).parent
+BUDGETS = (5, 8, 10, 20)
+S_MIN, S_MAX = 0.002, 20.0  # of configs/digits.py
+REFERENCE_STEPS = 60
+PEERS = (
+    "diffusers EDM DPM++2M karras",
+    "diffusers EDM DPM++2M exponential",
+    "diffusers EDM DPM++3M karras",
+    "diffusers DPM++2M lu",
+    "diffusers UniPC-3 karras",
+    "diffusers UniPC-3 exponential",
+    "diffusers DEIS-3 karras",
+    "diffusers DEIS-3 exponential",
+    "k-diffusion Heun karras",
+    "k-diffusion LMS karras",
+    "k-diffusion DPM++2M SDE eta=0 karras",
+)
+
+
+class Network:
+    """The run's denoiser in batches of one size; `x0(y, s)` in Karras' coordinates, and samples of our solvers."""
+
+    def __init__(self, run, labels, batch=128):
+        self.run, self.labels, self.batch, self.programs = run, labels, batch, {}
+        self.shape = (len(labels), *run.dataset.shape)
+        settings = settings_for(run, guidance=1.0)
+        self.make = lambda params, y: guided_denoiser(
+            run, lambda x, t, y: run.model.apply(params, x, t, y), y, settings
+        )
+        self.plain = jax.jit(lambda params, y, x, level: self.make(params, y)(x, level).x0)
+
+    def batches(self, call, x):
+        """`call(x, labels)` on batches of `batch`, the last one padded."""
+        pad = -len(x) % self.batch
+        xs, ys = (np.concatenate([a, a[:pad]]) for a in (np.asarray(x, np.float32), self.labels))
+        out = [call(xs[i : i + self.batch], ys[i : i + self.batch]) for i in range(0, len(xs), self.batch)]
+        return np.concatenate([np.asarray(a, np.float64) for a in out])[: len(x)]
+
+    def x0(self, y, s):
+        level = dj.Level(*(jnp.asarray(a, jnp.float32) for a in self.run.schedule(s)))
+        return self.batches(lambda x, labels: self.plain(self.run.params, labels, x, level), y)
+
+    def sample(self, solver, levels, unit, length):
+        """Ends of a run from `sigma * unit`; grids are padded to `length`, so that a solver is compiled once."""
+        if (solver, length) not in self.programs:
+            run = lambda params, y, x, levels: sampling.sample(solver, self.make(params, y), x, levels)
+            self.programs[solver, length] = jax.jit(run)
+        program = self.programs[solver, length]
+        levels = dj.Level(*(np.pad(a, (0, length + 1 - len(a)), mode="edge") for a in levels))
+        padded = dj.Level(*(jnp.asarray(a, jnp.float32) for a in levels))
+        return self.batches(lambda x, y: program(self.run.params, y, x, padded), unit * levels.sigma[0])
+
+
+class Oracle:
+    """The peers' process, which asks this one for denoised images."""
+
+    def __init__(self, python: Path):
+        command = [python, HERE / "peers.py", "--serve"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def sample(self, peer: str, nfe: int, unit, network: Network) -> tuple[np.ndarray, int]:
+        """Ends of a peer's run from `s_max * unit`, and how often it called the network."""
+        shape = unit.shape
+        job = {"peer": peer, "nfe": nfe, "shape": [shape[0], int(np.prod(shape[1:]))], "s_min": S_MIN, "s_max": S_MAX}
+        self._write(json.dumps(job).encode() + b"\n" + np.asarray(unit, np.float64).tobytes())
+        while True:
+            message = json.loads(self.process.stdout.readline())
+            array = np.frombuffer(self.process.stdout.read(8 * unit.size), np.float64).reshape(shape)
+            if "calls" in message:
+                return array, message["calls"]
+            self._write(network.x0(array, message["s"]).tobytes())
+
+    def _write(self, data: bytes):
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def methods(network: Network) -> dict:
+    """`{name: nfe -> (solver, levels)}`: ours on the run's schedule and range."""
+    schedule = network.run.schedule
+    karras = lambda n: dj.karras(schedule, n, s_min=S_MIN, s_max=S_MAX)
+    out = {}
+    for name in ("ddim", "dpmpp_2m", "heun"):
+        made = ours.solver(name)
+        most = lambda nfe, made=made: max([n for n in range(1, nfe + 1) if made.nfe(n) <= nfe], default=1)
+        out[f"{name} karras"] = lambda nfe, made=made, most=most: (made, karras(most(nfe)))
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "digits")
+    parser.add_argument("--oracle", type=Path, default=HERE.parent / ".venv-oracle" / "bin" / "python")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "digits_nfe.json")
+    arguments = parser.parse_args()
+    run = load_run(os.fspath(arguments.workdir))
+    labels = stratified(run.dataset, run.config.eval.num_samples)
+    network, judge = Network(run, labels), judges.judge_of(run)
+    unit = np.random.default_rng(0).standard_normal(network.shape)
+    sigma_data = float(np.std([run.dataset.train[i]["image"] for i in range(len(run.dataset.train))]))
+    grid = dj.karras(run.schedule, REFERENCE_STEPS, s_min=S_MIN, s_max=S_MAX)
+    exact = network.sample(ours.solver("heun", "alpha"), grid, unit, REFERENCE_STEPS)
+    rows = {}
+
+    def judged(name, nfe, x, calls):
+        found = judges.brief(judge, np.asarray(run.dataset.to_pixels(x)), labels)
+        away = np.sqrt(np.mean((x - exact) ** 2, axis=(1, 2, 3))) / sigma_data
+        values = [found["fd_relu"], found["fd_tanh"], float(np.median(away)), calls]
+        rows.setdefault(name, {})[nfe] = [round(value, 5) for value in values]
+        print(name, nfe, *rows[name][nfe], flush=True)
+
+    judged("exact flow", 2 * REFERENCE_STEPS - 1, exact, 2 * REFERENCE_STEPS - 1)
+    for name, plan in methods(network).items():
+        for nfe in BUDGETS:
+            solver, levels = plan(nfe)
+            x = network.sample(solver, levels, unit, max(BUDGETS))
+            judged(name, nfe, x, solver.nfe(len(levels.t) - 1))
+    if arguments.oracle.exists():
+        oracle = Oracle(arguments.oracle)
+        for name in PEERS:
+            for nfe in BUDGETS:
+                judged(name, nfe, *oracle.sample(name, nfe, unit, network))
+        oracle.close()
+    report = {
+        "command": "python benchmarks/digits_nfe.py",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {time.process_time():.0f} s of CPU",
+        "versions": {name: metadata.version(name) for name in ("diffjax", "jax", "numpy", "scikit-learn")},
+        "columns": ["fd_relu", "fd_tanh", "distance", "calls"],
+        "floor": judge.floor,
+        "rows": rows,
+    }
+    targets.dump(report, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
