@@ -107,7 +107,8 @@ def smc(
         x, prediction, memory = _select(ancestors, x, (x, prediction, memory))
         memory = memory._replace(log_weight=_flatten(memory.log_weight, ancestors[1], particles))
 
-        x_next, inner, shift = _move(solver, denoise, proposal, x, prediction, memory.inner, inner_at)
+        moved, shift = _move(solver, denoise, proposal, x, prediction, memory.inner, inner_at)
+        x_next, inner, prediction = moved
         memory = memory._replace(inner=inner, log_weight=memory.log_weight + shift)
 
         def finish(carry):
@@ -189,7 +190,7 @@ def _select(ancestors: tuple[Array, Array], x: Array, tree):
 
 
 def _move(solver, denoise, proposal, x, prediction: Prediction, memory, at: Step):
-    """One step of the solver from a prediction that was made: `(x, memory, log weight [B] of the transition)`."""
+    """One step of the solver from a prediction that was made, and the log weight [B] of the transition."""
 
     def told(first: Prediction) -> Denoiser:
         def answer(y, level):
@@ -203,9 +204,9 @@ def _move(solver, denoise, proposal, x, prediction: Prediction, memory, at: Step
     used = []
     zero = jnp.zeros(len(x), x.dtype)
     if proposal is None:
-        x_next, memory, _ = solver.step(told(prediction), x, memory, at)
+        moved = solver.step(told(prediction), x, memory, at)
         _called(used)
-        return x_next, memory, zero
+        return moved, zero
     # mean + std * draw(0): the three parts by running the step with draws of zero, one and the real one.
     quiet, unit = (at._replace(draw=lambda j, v=v: jnp.full_like(x, v)) for v in (0.0, 1.0))
     mean, _, _ = solver.step(told(prediction), x, memory, quiet)
@@ -216,13 +217,13 @@ def _move(solver, denoise, proposal, x, prediction: Prediction, memory, at: Step
         *(jnp.where(loud, a, b) for a, b in zip(guided[:2], prediction[:2], strict=True)), prediction.aux
     )
     guided_mean, _, _ = solver.step(told(mixed), x, memory, quiet)
-    x_next, memory, _ = solver.step(told(mixed), x, memory, at)
+    moved = solver.step(told(mixed), x, memory, at)
     _called(used)
     shift = jnp.where(loud, (guided_mean - mean) / jnp.where(loud, std, 1.0), 0.0)
     drawn = at.draw(0)
     # log N(x'; mean, std) - log N(x'; guided mean, std).
     log_ratio = -shift * drawn - shift**2 / 2
-    return x_next, memory, jnp.sum(log_ratio.reshape(len(x), -1), axis=1)
+    return moved, jnp.sum(log_ratio.reshape(len(x), -1), axis=1)
 
 
 def _called(used):
