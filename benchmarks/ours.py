@@ -70,6 +70,13 @@ def deterministic() -> list[Method]:
         fixed("heun", "karras"),
         fixed("dpmpp_2m", "karras"),
         fixed("dpmpp_2m", "exponential"),
+        fixed("dpmpp_3m", "karras"),
+        fixed("dpmpp_3m", "exponential"),
+        fixed("deis", "karras"),
+        fixed("deis", "exponential"),
+        fixed("lms", "karras"),
+        fixed("unipc", "karras", 3, label="unipc(3)"),
+        fixed("unipc", "exponential", 3, label="unipc(3)"),
     ]
     return out
 
