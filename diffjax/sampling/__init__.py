@@ -5,21 +5,17 @@ from diffjax.sampling.brownian import brownian
 from diffjax.sampling.diagnose import Moments, gaussian_kl, gaussian_moments
 from diffjax.sampling.edit import inpaint, noised, repaint, repaint_levels, sdedit, start_from
 from diffjax.sampling.fewstep import consistency, consistency_head, flow_map, lcm, mean_flow, shortcut, tcd
+from diffjax.sampling.inversion import ddim_inversion, decode, encode, inverse, slerp
 from diffjax.sampling.langevin import annealed_langevin, euler_maruyama, predictor_corrector
 from diffjax.sampling.likelihood import (
     ELBO,
     bits_per_dim,
-    ddim_inversion,
-    decode,
     dequantize,
     discretized_decoder,
     elbo,
-    encode,
     gaussian_decoder,
     gaussian_prior,
-    inverse,
     log_likelihood,
-    slerp,
     vlb,
 )
 from diffjax.sampling.loop import StepInfo, check_grid, normal, prior, sample
