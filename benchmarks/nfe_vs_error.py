@@ -163,6 +163,35 @@ def table(summary: dict, target: str, process: str) -> list[str]:
     return lines
 
 
+def stochastic_tables(report: dict, peers: dict) -> list[str]:
+    """KL and law of the best samplers of either side that draw noise, as Markdown."""
+    lines = ["", "Nats per dimension on gauss16, VP-linear:", ""]
+    budgets = [str(n) for n in ours.BUDGETS]
+    lines += ["| " + " | ".join(["sampler", *budgets]) + " |", "|" + "---|" * (len(budgets) + 1)]
+    for side, kl in (("", peers["kl"]), ("ours: ", report["kl"])):
+        for name in sorted(kl, key=lambda name: min(kl[name][n][0] or np.inf for n in ("20", "30")))[:6]:
+            lines.append("| " + " | ".join([side + name, *(f"{kl[name][n][0]:.2g}" for n in budgets)]) + " |")
+    for target in report["law"]:
+        columns = [f"{what}, {n}" for what in ("spread", "weights") for n in ours.LAW_BUDGETS]
+        lines += ["", f"Law of {ours.LAW_SAMPLES} samples of {target}, VP-linear (1 is exact):", ""]
+        lines += ["| " + " | ".join(["sampler", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+        for side, found in (("", peers["law"].get(target, {})), ("ours: ", report["law"][target])):
+            away = lambda row: sum(abs(np.log(max(row[str(n)][0] or 1e9, 1e-9))) for n in ours.LAW_BUDGETS)
+            for name in sorted(found, key=lambda name: away(found[name]))[:6]:
+                values = [found[name][str(n)][k] for k in (0, 1) for n in ours.LAW_BUDGETS]
+                lines.append(
+                    "| " + " | ".join([side + name, *("-" if v is None else f"{v:.2g}" for v in values)]) + " |"
+                )
+    return lines
+
+
+def write_between(path: Path, marker: str, lines: list[str]) -> None:
+    """Replaces what stands between `<!-- marker -->` and `<!-- end of marker -->` in a page."""
+    head, rest = path.read_text().split(f"<!-- {marker} -->\n")
+    _, tail = rest.split(f"<!-- end of {marker} -->")
+    path.write_text("\n".join([head + f"<!-- {marker} -->", *lines, f"<!-- end of {marker} -->"]) + tail)
+
+
 def draw(rows: dict, peers: dict, path: Path) -> Path:
     """Median error against NFE, a panel for each target and process; the peers are a band, their best its edge."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
@@ -237,6 +266,7 @@ def main():
     parser.add_argument("--no-stochastic", dest="stochastic", action="store_false")
     parser.add_argument("--draw", action="store_true", help="measure nothing: table, bars and picture from the files")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmark.md", help="gets the tables")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     arguments = parser.parse_args()
     if arguments.draw:
@@ -248,12 +278,22 @@ def main():
     summary = report["summary"] = summarise(report["rows"], peers)
     report["bars"] = bars(summary)
     targets.dump(report, arguments.out)
+    lines = []
     for target, processes in summary.items():
         for process in processes:
-            print(f"\n{target}, {process} (median, RMSE in brackets)\n", *table(summary, target, process), sep="\n")
-    print(f"\npeers: {report['peers']}")
+            lines += ["", f"**{target}, {process}**", "", *table(summary, target, process)]
+    lines += ["", f"Peers: {report['peers']}.", ""]
+    judged = []
     for bar in report["bars"]:
-        print(f"{bar['method']}: {bar['bar']}: {bar['cells'] - len(bar['missed'])} of {bar['cells']}", *bar["missed"])
+        met = bar["cells"] - len(bar["missed"])
+        judged.append(
+            f"- {bar['method']}, {bar['bar']}: {met} of {bar['cells']} cells. Missed: {'; '.join(bar['missed'])}"
+        )
+    drawn = stochastic_tables(report, peers) if report["kl"] else []
+    print(*lines, *judged, *drawn, sep="\n")
+    if arguments.page.exists():
+        for marker, part in (("tables", lines), ("bars", ["", *judged, ""]), ("stochastic", [*drawn, ""])):
+            write_between(arguments.page, marker, part)
     print(draw(report["rows"], peers, arguments.picture))
 
 
