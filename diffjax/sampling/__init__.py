@@ -4,6 +4,7 @@ from diffjax.sampling.adaptive import Stats, adaptive, flow_time, from_flow, pro
 from diffjax.sampling.brownian import brownian
 from diffjax.sampling.diagnose import Moments, gaussian_kl, gaussian_moments
 from diffjax.sampling.edit import inpaint, noised, repaint, repaint_levels, sdedit, start_from
+from diffjax.sampling.export import load_sampler, save_sampler
 from diffjax.sampling.fewstep import consistency, consistency_head, flow_map, lcm, mean_flow, shortcut, tcd
 from diffjax.sampling.inversion import ddim_inversion, decode, encode, inverse, slerp
 from diffjax.sampling.langevin import annealed_langevin, euler_maruyama, predictor_corrector
@@ -98,6 +99,7 @@ __all__ = [
     "inverse",
     "lcm",
     "lms",
+    "load_sampler",
     "log_likelihood",
     "mean_flow",
     "noised",
@@ -110,6 +112,7 @@ __all__ = [
     "repaint_levels",
     "sa_solver",
     "sample",
+    "save_sampler",
     "sde_adams",
     "sde_dpm_2m",
     "sde_dpmpp",
