@@ -21,10 +21,12 @@ from diffjax.sampling.likelihood import (
 )
 from diffjax.sampling.loop import StepInfo, check_grid, normal, prior, sample
 from diffjax.sampling.multistep import deis, dpm_multistep, dpmpp_2m, dpmpp_3m, lms
+from diffjax.sampling.pndm import ipndm, plms, pndm
 from diffjax.sampling.product import product
 from diffjax.sampling.sde_adams import sa_solver, sde_adams
 from diffjax.sampling.sde_dpm import inner_levels, sde_dpm_2m, sde_dpmpp, sde_dpmpp_2m, sde_dpmpp_3m
-from diffjax.sampling.solvers import ddim, euler, heun
+from diffjax.sampling.singlestep import dpm_solver, dpmpp_2s
+from diffjax.sampling.solvers import ddim, dpm2, euler, heun, midpoint, rk4
 from diffjax.sampling.steer import smc
 from diffjax.sampling.stochastic import ancestral, ancestral_ddpm, churn, euler_ancestral, euler_ancestral_rf
 from diffjax.sampling.unipc import unipc
@@ -35,16 +37,24 @@ SOLVERS = {
     "consistency": consistency,
     "ddim": ddim,
     "deis": deis,
+    "dpm2": dpm2,
     "dpm_multistep": dpm_multistep,
+    "dpm_solver": dpm_solver,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2s": dpmpp_2s,
     "dpmpp_3m": dpmpp_3m,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "euler_ancestral_rf": euler_ancestral_rf,
     "euler_maruyama": euler_maruyama,
     "heun": heun,
+    "ipndm": ipndm,
     "lcm": lcm,
     "lms": lms,
+    "midpoint": midpoint,
+    "plms": plms,
+    "pndm": pndm,
+    "rk4": rk4,
     "sa_solver": sa_solver,
     "sde_adams": sde_adams,
     "sde_dpm_2m": sde_dpm_2m,
@@ -77,8 +87,11 @@ __all__ = [
     "deis",
     "dequantize",
     "discretized_decoder",
+    "dpm2",
     "dpm_multistep",
+    "dpm_solver",
     "dpmpp_2m",
+    "dpmpp_2s",
     "dpmpp_3m",
     "elbo",
     "encode",
@@ -97,19 +110,24 @@ __all__ = [
     "inner_levels",
     "inpaint",
     "inverse",
+    "ipndm",
     "lcm",
     "lms",
     "load_sampler",
     "log_likelihood",
     "mean_flow",
+    "midpoint",
     "noised",
     "normal",
+    "plms",
+    "pndm",
     "predictor_corrector",
     "prior",
     "probability_flow",
     "product",
     "repaint",
     "repaint_levels",
+    "rk4",
     "sa_solver",
     "sample",
     "save_sampler",
