@@ -60,62 +60,138 @@ def _condition(mean, cov, A, y, noise_std):
     return mean + (gain @ residual[..., None])[..., 0], (posterior + np.swapaxes(posterior, -1, -2)) / 2, evidence
 
 
+def _check_eigenpairs(values, vectors):
+    values, vectors = np.asarray(values, np.float64), np.asarray(vectors, np.float64)
+    if values.ndim != 1 or vectors.ndim != 2 or vectors.shape[1] != len(values) or not np.all(values >= 0):
+        raise ValueError(
+            "cov: eigenpairs are (values [K] >= 0, vectors [D, K]); got values "
+            f"{values.shape} and vectors {vectors.shape}"
+        )
+    inner = vectors.T @ vectors
+    if not np.allclose(inner, np.diag(np.round(np.diag(inner))), atol=1e-6):
+        raise ValueError("cov: the columns of the eigenvectors must be orthonormal (np.linalg.eigh returns such)")
+    return values, vectors
+
+
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Data `N(mean, cov)`.
+    """Data `N(mean, cov)`: an exact denoiser, and the statistics that samplers take (`Gaussian.fit(data)`).
 
     Attributes:
-      mean: [D].
-      cov: [D, D] symmetric positive semi-definite.
+      mean: [D], or any shape that broadcasts against one sample; a number is a constant mean.
+      cov: [D, D] symmetric positive semi-definite, for a mean [D]; a number (isotropic) or an array that broadcasts
+        against one sample (diagonal) otherwise; or eigenpairs `(values [K], vectors [D, K])` with orthonormal columns:
+        then the D - K directions left over have the variance of the smallest value.
 
     Raises:
-      ValueError: for any other shape or an indefinite covariance.
+      ValueError: for any other shape, a negative variance or an indefinite covariance.
     """
 
     mean: np.ndarray
-    cov: np.ndarray
+    cov: np.ndarray | tuple[np.ndarray, np.ndarray]
 
     def __post_init__(self):
-        mean, variances, basis = _check_covariance(self.mean, self.cov)
-        object.__setattr__(self, "mean", mean)
-        object.__setattr__(self, "cov", np.asarray(self.cov, np.float64))
-        object.__setattr__(self, "_variances", variances)
-        object.__setattr__(self, "_basis", basis)
+        mean = np.asarray(self.mean, np.float64)
+        if isinstance(self.cov, tuple):
+            spectrum, basis = _check_eigenpairs(*self.cov)
+        elif np.ndim(self.cov) == 2 and mean.ndim == 1:
+            mean, spectrum, basis = _check_covariance(mean, self.cov)
+        else:
+            spectrum, basis = np.asarray(self.cov, np.float64), None
+            if not np.all(spectrum >= 0):
+                raise ValueError(f"cov: expected variances >= 0, got {self.cov}")
+        if not isinstance(self.cov, tuple):
+            object.__setattr__(self, "cov", np.asarray(self.cov, np.float64))
+        for name, value in (("mean", mean), ("spectrum", spectrum), ("basis", basis)):
+            object.__setattr__(self, name, value)
 
-    def _whiten(self, x, level):
-        """Coordinates of `x - alpha mean` on the eigenvectors [B, D], and their variances at the level."""
-        z = (x - expand(level.alpha, x) * self.mean) @ self._basis
-        return z, expand(level.alpha, x) ** 2 * self._variances + expand(level.sigma, x) ** 2
+    @classmethod
+    def fit(cls, data: Array, kind: str = "scalar", *, rank: int | None = None) -> Gaussian:
+        """The mean and covariance of `data` [N, ...].
+
+        Args:
+          data: samples.
+          kind: "scalar" (one variance, the mean over all dimensions), "diagonal" or "full" (eigenpairs).
+          rank: how many eigenpairs to keep, the largest; the rest share the mean of their variances. Default all.
+
+        Raises:
+          ValueError: for another kind.
+        """
+        data = np.asarray(data, np.float64)
+        mean = data.mean(axis=0)
+        if kind == "scalar":
+            return cls(mean, data.var(axis=0).mean())
+        if kind == "diagonal":
+            return cls(mean, data.var(axis=0))
+        if kind != "full":
+            raise ValueError(f"kind: expected 'scalar', 'diagonal' or 'full', got {kind!r}")
+        _, singular, vectors = np.linalg.svd((data - mean).reshape(len(data), -1), full_matrices=False)
+        values, rank = singular**2 / len(data), len(singular) if rank is None else rank
+        total, size = values.sum(), vectors.shape[1]
+        values, vectors = values[:rank], vectors[:rank].T
+        if rank < size:  # one more pair carries the variance of all directions that were left out
+            rest = max(total - values.sum(), 0.0) / (size - rank)
+            values = np.append(values, rest)
+            vectors = np.concatenate([vectors, np.zeros((size, 1))], axis=1)
+        return cls(mean, (values, vectors))
+
+    def operate(self, coef: Array, x: Array) -> Array:
+        """`f(cov) x` for `x` [B, ...], where `coef` holds `f` of each variance in `spectrum`, or of each level's.
+
+        Args:
+          coef: the shape of `spectrum` (or of `spectrum` with a batch axis in front).
+          x: [B, ...].
+        """
+        if self.basis is None:
+            return coef * x
+        flat = x.reshape(len(x), -1)
+        if self.basis.shape[0] == self.basis.shape[1]:
+            return (((flat @ self.basis) * coef) @ self.basis.T).reshape(x.shape)
+        rest = coef[..., -1:]
+        out = rest * flat + ((flat @ self.basis) * (coef - rest)) @ self.basis.T
+        return out.reshape(x.shape)
+
+    def _variance(self, level, x):
+        """The variance of x at the level in every direction of `spectrum`, and alpha and sigma beside it."""
+        like = x if self.basis is None else x.reshape(len(x), -1)
+        alpha, sigma = expand(level.alpha, like), expand(level.sigma, like)
+        return alpha**2 * self.spectrum + sigma**2, alpha, sigma
 
     def denoise(self, x: Array, level: Level) -> Prediction:
-        """`E[x0 | x]` and `E[eps | x]`, [B, D]: finite at alpha = 0 and at sigma = 0."""
-        z, variance = self._whiten(x, level)
-        alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
-        x0 = self.mean + (alpha * self._variances / variance * z) @ self._basis.T
-        return Prediction(x0, (sigma / variance * z) @ self._basis.T)
+        """`E[x0 | x]` and `E[eps | x]`, [B, ...]: finite at alpha = 0 and at sigma = 0."""
+        variance, alpha, sigma = self._variance(level, x)
+        z = x - expand(level.alpha, x) * self.mean
+        x0 = self.mean + self.operate(alpha * self.spectrum / variance, z)
+        return Prediction(x0, self.operate(sigma / variance, z))
 
     def score(self, x: Array, level: Level) -> Array:
-        """`d log p(x) / dx` at the level, [B, D]."""
-        z, variance = self._whiten(x, level)
-        return -(z / variance) @ self._basis.T
+        """`d log p(x) / dx` at the level, [B, ...]."""
+        variance, _, _ = self._variance(level, x)
+        return -self.operate(1 / variance, x - expand(level.alpha, x) * self.mean)
 
     def logpdf(self, x: Array, level: Level) -> Array:
         """`log p(x)` at the level in nats, [B]."""
-        z, variance = self._whiten(x, level)
-        variance = jnp.broadcast_to(variance, z.shape)
-        return -0.5 * jnp.sum(z**2 / variance + jnp.log(2 * jnp.pi * variance), axis=-1)
+        variance, _, _ = self._variance(level, x)
+        z = x - expand(level.alpha, x) * self.mean
+        size, axes = z[0].size, tuple(range(1, z.ndim))
+        if self.basis is None:
+            log_det = jnp.sum(jnp.log(jnp.broadcast_to(variance, z.shape)), axis=axes)
+        else:
+            rest = size - self.basis.shape[1]
+            log_det = jnp.sum(jnp.log(variance), axis=-1) + rest * jnp.log(variance[..., -1])
+        quadratic = jnp.sum(z * self.operate(1 / variance, z), axis=axes)
+        return -0.5 * (quadratic + log_det + size * np.log(2 * np.pi))
 
     def posterior(self, x: Array, level: Level) -> tuple[Array, Array]:
-        """Mean [B, D] and covariance [D, D] of `x0 | x` at one level (scalar fields)."""
-        _, variance = self._whiten(x, level)
-        cov = (self._basis * (self._variances * level.sigma**2 / variance)) @ self._basis.T
-        return self.denoise(x, level).x0, cov
+        """Mean [B, D] and covariance [D, D] of `x0 | x` at one level (scalar fields), for flat data [B, D]."""
+        variance, _, sigma = self._variance(level, x)
+        return self.denoise(x, level).x0, self.operate(self.spectrum * sigma**2 / variance, jnp.eye(x.shape[1]))
 
     def flow(self, x: Array, start: Level, end: Level) -> Array:
-        """Where the probability-flow ODE carries `x` [B, D] from `start` to `end`, in closed form."""
-        z, variance = self._whiten(x, start)
-        end_variance = end.alpha**2 * self._variances + end.sigma**2
-        return end.alpha * self.mean + (jnp.sqrt(end_variance / variance) * z) @ self._basis.T
+        """Where the probability-flow ODE carries `x` [B, ...] from `start` to `end`, in closed form."""
+        before, after = self._variance(start, x)[0], self._variance(end, x)[0]
+        z = x - expand(start.alpha, x) * self.mean
+        return expand(end.alpha, x) * self.mean + self.operate(jnp.sqrt(after / before), z)
 
     def condition(self, A: Array, y: Array, noise_std: float) -> Gaussian:
         """The data given a linear measurement `y = A x0 + noise_std eps`: their posterior, again a `Gaussian`.
@@ -130,12 +206,14 @@ class Gaussian:
         Raises:
           ValueError: for other shapes, or without noise for a `y` that no data have or that is certain already.
         """
-        return Gaussian(*_condition(self.mean, self.cov, A, y, noise_std)[:2])
+        cov = np.asarray(self.operate(np.asarray(self.spectrum), np.eye(np.shape(A)[-1])))
+        return Gaussian(*_condition(np.broadcast_to(self.mean, np.shape(A)[-1:]), cov, A, y, noise_std)[:2])
 
     def sample(self, key: jax.Array, n: int) -> Array:
-        """Clean data [n, D]."""
-        z = jax.random.normal(key, (n, len(self.mean)), jnp.result_type(float))
-        return self.mean + (z * np.sqrt(self._variances)) @ self._basis.T
+        """Clean data [n, ...] of the shape of the mean (of a diagonal covariance, if that is larger)."""
+        shape = np.broadcast_shapes(self.mean.shape, () if self.basis is not None else self.spectrum.shape)
+        z = jax.random.normal(key, (n, *shape), jnp.result_type(float))
+        return self.mean + self.operate(np.sqrt(self.spectrum), z)
 
 
 @dataclass(frozen=True, eq=False)

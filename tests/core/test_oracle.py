@@ -50,10 +50,11 @@ def test_mixture_posterior_mean_by_quadrature(x64):
     oracle = core.Mixture([1.0, 3.0], [[-1.0], [0.5]], [[[0.2]], [[0.05]]])
     level = core.VP()(np.array(0.35))
 
+    logpdf = jax.jit(lambda x0: oracle.logpdf(x0, core.VP()(np.array(0.0))))
+
     def joint(x0, x):
-        return np.exp(oracle.logpdf(jnp.array([[x0]]), core.VP()(np.array(0.0)))[0]) * stats.norm(
-            level.alpha * x0, level.sigma
-        ).pdf(x)
+        noise = np.exp(-(((x - level.alpha * x0) / level.sigma) ** 2) / 2) / (level.sigma * np.sqrt(2 * np.pi))
+        return np.exp(logpdf(np.array([[x0]]))[0]) * noise
 
     for x in (-1.0, 0.1):
         z = integrate.quad(joint, -5, 5, args=(x,), epsabs=1e-10)[0]
@@ -139,3 +140,56 @@ def test_messages():
         core.Mixture([1.0, 0.0], np.zeros((2, 1)), np.ones((2, 1, 1)))
     with pytest.raises(ValueError, match="without labels"):
         core.Empirical(np.zeros((2, 1))).denoise(jnp.zeros((1, 1)), core.VP()(np.array(0.5)), jnp.zeros(1, int))
+
+
+@pytest.mark.parametrize("kind", ["scalar", "diagonal", "full", "rank"])
+def test_every_form_of_covariance_is_the_dense_one(kind, x64):
+    # Four ways to write a covariance, each against the [D, D] form of the same Gaussian, on image-shaped data.
+    rng = np.random.default_rng(0)
+    shape, mean = (2, 3, 1), rng.normal(size=(2, 3, 1))
+    vectors = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    values = np.array([0.9, 0.5, 0.3, 0.2, 0.1, 0.1])
+    cov, dense = {
+        "scalar": (0.3, 0.3 * np.eye(6)),
+        "diagonal": (values.reshape(shape), np.diag(values)),
+        "full": ((values, vectors), vectors * values @ vectors.T),
+        "rank": ((values[:5], vectors[:, :5]), vectors * values @ vectors.T),
+    }[kind]
+    short, full = core.Gaussian(mean, cov), core.Gaussian(mean.ravel(), dense)
+    x = jnp.asarray(rng.normal(size=(4, *shape)))
+    flat = x.reshape(4, 6)
+    for level in (core.VP()(np.array(0.4)), core.Flow()(np.array(1.0)), core.Flow()(jnp.linspace(0.1, 0.9, 4))):
+        ours, theirs = short.denoise(x, level), full.denoise(flat, level)
+        np.testing.assert_allclose(ours.x0.reshape(4, 6), theirs.x0, atol=1e-12)
+        np.testing.assert_allclose(ours.eps.reshape(4, 6), theirs.eps, atol=1e-12)
+        np.testing.assert_allclose(short.score(x, level).reshape(4, 6), full.score(flat, level), atol=1e-11)
+        np.testing.assert_allclose(short.logpdf(x, level), full.logpdf(flat, level), atol=1e-11)
+        moved, end = short.flow(x, level, core.EDM()(np.array(0.1))), core.EDM()(np.array(0.1))
+        np.testing.assert_allclose(moved.reshape(4, 6), full.flow(flat, level, end), atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "diagonal", "full"])
+def test_fit_finds_the_moments_of_the_data(kind):
+    data = np.random.default_rng(0).normal(size=(200, 3, 2)) * np.array([[1.0], [0.5], [0.1]])
+    fitted = core.Gaussian.fit(data, kind)
+    flat = data.reshape(200, 6)
+    cov = np.cov(flat.T, bias=True)
+    expected = {"scalar": np.trace(cov) / 6 * np.eye(6), "diagonal": np.diag(np.diag(cov)), "full": cov}[kind]
+    np.testing.assert_allclose(
+        fitted.operate(fitted.spectrum, jnp.eye(6).reshape(6, 3, 2)).reshape(6, 6), expected, atol=1e-5
+    )
+    np.testing.assert_allclose(fitted.mean, data.mean(0))
+
+
+def test_fit_of_low_rank_keeps_the_total_variance():
+    data = np.random.default_rng(0).normal(size=(500, 8)) * np.geomspace(1, 0.1, 8)
+    fitted = core.Gaussian.fit(data, "full", rank=3)
+    kept = np.linalg.eigvalsh(np.cov(data.T, bias=True))[::-1]
+    cov = np.asarray(fitted.operate(fitted.spectrum, jnp.eye(8)))
+    np.testing.assert_allclose(np.linalg.eigvalsh(cov)[::-1], [*kept[:3], *[kept[3:].mean()] * 5], rtol=1e-4)
+    with pytest.raises(ValueError, match="'scalar', 'diagonal' or 'full', got 'pca'"):
+        core.Gaussian.fit(data, "pca")
+    with pytest.raises(ValueError, match="orthonormal"):
+        core.Gaussian(0.0, (np.ones(2), np.ones((8, 2))))
+    with pytest.raises(ValueError, match="variances >= 0"):
+        core.Gaussian(0.0, -1.0)
