@@ -240,12 +240,14 @@ def diffusers_on_tables():
     out.append(table_peer("DPM++2M euler_at_final", dpm, "karras", euler_at_final=True, **sample))
     final = {"final_sigmas_type": "sigma_min"}
     noise = {"algorithm_type": "dpmsolver", **final, **sample}
-    out += [table_peer(f"DPM{order}M", dpm, "karras", solver_order=order, **noise) for order in (2, 3)]
     for order in (2, 3):
+        out += [table_peer(f"DPM{order}M", dpm, g, solver_order=order, **noise) for g in ("karras", "exponential")]
         for grid in ("default", "karras", "exponential"):
             single = {"solver_order": order, "lower_order_final": True, **sample}
             out.append(table_peer(f"DPM++{order}S", "DPMSolverSinglestep", grid, **single))
             out.append(table_peer(f"DEIS-{order}", "DEISMultistep", grid, solver_order=order, **sample))
+            whole = {"solver_order": order, "lower_order_final": False, **sample}
+            out.append(table_peer(f"DEIS-{order} whole", "DEISMultistep", grid, **whole))
             unipc = {"solver_order": order, **sample}
             out.append(table_peer(f"UniPC-{order}", "UniPCMultistep", grid, **unipc))
             out.append(table_peer(f"UniPC-{order} bh1", "UniPCMultistep", grid, solver_type="bh1", **unipc))

@@ -132,8 +132,8 @@ def short(value):
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def measure(names):
-    """`{target: {process: {peer: {nfe: [rmse, median, flips, calls]}}}}`."""
+def measure(names, kept):
+    """`{target: {process: {peer: {nfe: [rmse, median, flips, calls]}}}}`; what is in `kept` is not measured again."""
     peers = peer_samplers.deterministic()
     rows = {}
     for target in (targets.TARGETS[name]() for name in names):
@@ -143,7 +143,8 @@ def measure(names):
             cell = rows.setdefault(target.name, {}).setdefault(process.name, {})
             for peer in peers:
                 if process.name in peer.processes:
-                    cell[peer.name] = row(peer, net, target, process, noise, exact)
+                    known = kept.get(target.name, {}).get(process.name, {}).get(peer.name)
+                    cell[peer.name] = known or row(peer, net, target, process, noise, exact)
             print(f"{target.name} {process.name}: {len(cell)} peers, {time.process_time():.0f} s", flush=True)
     return rows
 
@@ -179,6 +180,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--targets", nargs="*", default=list(targets.TARGETS), help="only these; other rows are kept")
+    parser.add_argument("--missing", action="store_true", help="only configurations that the file does not have")
     parser.add_argument("--no-stochastic", dest="stochastic", action="store_false")
     parser.add_argument("--serve", action="store_true", help="sample from the denoiser of the parent process")
     arguments = parser.parse_args()
@@ -188,7 +190,7 @@ def main():
     if arguments.serve:
         return serve()
     kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    rows = kept.get("rows", {}) | measure(arguments.targets)
+    rows = kept.get("rows", {}) | measure(arguments.targets, kept.get("rows", {}) if arguments.missing else {})
     kl, law = measure_stochastic() if arguments.stochastic else (kept.get("kl", {}), kept.get("law", {}))
     report = {
         "command": "python benchmarks/peers.py",
