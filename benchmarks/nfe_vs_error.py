@@ -111,6 +111,8 @@ def summarise(rows: dict, peers: dict) -> dict:
                 for column in ("median", "rmse"):
                     value, name = best(peers["rows"][target][process], nfe, column)
                     row[f"peer {column}"] = [short(value), name]
+                    value_fixed, name = best(cell, nfe, column, set(cell) - set(ours.HEADLINES))
+                    row[f"fixed {column}"] = [short(value_fixed), name]
                     for label in ours.HEADLINES:
                         mine, _ = best(cell, nfe, column, (label,))
                         if np.isfinite(mine):
@@ -156,6 +158,9 @@ def table(summary: dict, target: str, process: str) -> list[str]:
     lines.append("| " + " | ".join(["best peer", *peer]) + " |")
     who = [row["peer median"][1].replace("diffusers ", "").replace("k-diffusion ", "k: ") for row in cells.values()]
     lines.append("| " + " | ".join(["who, by median", *who]) + " |")
+    ours_fixed = [f"{row['fixed median'][0]:.2g} ({row['fixed rmse'][0]:.2g})" for row in cells.values()]
+    lines.append("| " + " | ".join(["best of ours, fixed", *ours_fixed]) + " |")
+    lines.append("| " + " | ".join(["who, by median", *(row["fixed median"][1] for row in cells.values())]) + " |")
     for label in ours.HEADLINES:
         if all(f"{label} median" in row for row in cells.values()):
             mine = [f"{row[f'{label} median'][0]:.2g} ({row[f'{label} rmse'][0]:.2g})" for row in cells.values()]
@@ -207,6 +212,9 @@ def draw(rows: dict, peers: dict, path: Path) -> Path:
             low, middle = np.nanmin(values, 0), np.nanmedian(values, 0)
             panel.fill_between(x, low, middle, color="#dddddd", lw=0, label=f"peers, best to middle ({len(cell)})")
             panel.plot(x, low, color=INK, lw=1.6, label="best peer at each NFE")
+            known = {k: r for k, r in rows[target][process].items() if k not in ours.HEADLINES}
+            lowest = [best(known, n, "median")[0] for n in x]
+            panel.plot(x, lowest, color=FAINT, lw=1.2, ls="--", label="best of our fixed solvers")
             for label, colour in zip(ours.HEADLINES, COLOURS, strict=False):
                 if mine := rows[target][process].get(label):
                     points = [(int(n), row[1]) for n, row in mine.items() if row[1]]

@@ -16,7 +16,7 @@ BUDGETS = (5, 8, 10, 15, 20, 30, 50)
 SCHEDULES = {"vp": dj.ddpm, "cosine": dj.squared_cosine, "edm": dj.EDM, "flow": dj.Flow}
 FLOW_S_MAX = 999.0  # t = 0.999, for spacings that need a finite end
 LAW_SAMPLES, LAW_TARGETS, LAW_BUDGETS = 4096, ("ring8",), (10, 20, 50)
-HEADLINES = ("dpmpp_2m karras", "dpmpp_2m exponential")
+HEADLINES = ("recommend", "recommend, variance", "recommend, covariance", "fit_steps")
 
 
 class Method(NamedTuple):
@@ -62,22 +62,30 @@ def fixed(name: str, spacing: str, *args, label: str = "", scheduled: bool = Fal
     return Method(f"{label or name} {spacing}", plan)
 
 
+def recommended(name: str, knows: str) -> Method:
+    """What `recommend` says for a budget, told nothing, the mean and one variance, or the covariance of the data."""
+
+    def plan(schedule, target, nfe):
+        cov = {"nothing": None, "scalar": target.sigma_data**2, "covariance": target.cov}[knows]
+        stats = None if cov is None else dj.Gaussian(target.mean, cov)
+        return sampling.recommend(schedule, nfe, stats=stats)
+
+    return Method(name, plan, knows)
+
+
 def deterministic() -> list[Method]:
     """What is run where the library has it."""
-    out = [
-        fixed("ddim", "uniform"),
-        fixed("ddim", "karras"),
-        fixed("heun", "karras"),
-        fixed("dpmpp_2m", "karras"),
-        fixed("dpmpp_2m", "exponential"),
-        fixed("dpmpp_3m", "karras"),
-        fixed("dpmpp_3m", "exponential"),
-        fixed("deis", "karras"),
-        fixed("deis", "exponential"),
-        fixed("lms", "karras"),
-        fixed("unipc", "karras", 3, label="unipc(3)"),
-        fixed("unipc", "exponential", 3, label="unipc(3)"),
-    ]
+    out = [fixed("ddim", "uniform"), fixed("ddim", "karras"), fixed("heun", "karras"), fixed("lms", "karras")]
+    for spacing in ("karras", "exponential"):
+        out += [
+            fixed("dpmpp_2m", spacing),
+            fixed("dpmpp_3m", spacing),
+            fixed("deis", spacing),
+            fixed("unipc", spacing, 3, label="unipc(3)"),
+        ]
+    if hasattr(sampling, "recommend"):
+        told = ("nothing", "scalar", "covariance")
+        out += [recommended(name, knows) for name, knows in zip(HEADLINES, told, strict=False)]
     return out
 
 
