@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.core.types import Array, Denoiser, Prediction, Solver, Step, namespace
+from diffjax.core.types import Array, Denoiser, Level, Prediction, Solver, Step, namespace
 from diffjax.sampling.solvers import pairs
 
 POTENTIALS = ("difference", "max", "sum")
@@ -37,7 +37,7 @@ def smc(
     particles: int,
     scale: float = 1.0,
     *,
-    potential: str = "difference",
+    potential: str | Callable[[Array, Level], Array] = "difference",
     threshold: float = 0.5,
     every: int = 1,
     proposal: Denoiser | None = None,
@@ -69,7 +69,9 @@ def smc(
       particles: in a group; must divide the batch.
       scale: of the reward in the exponent; the paper's lambda.
       potential: "difference", the reward's gain over the last look; "max", `exp(scale)` of the best reward so far;
-        "sum", of their sum. The last two favour early and grow with the number of looks; all have the same target.
+        "sum", of their sum. The last two favour early and grow with the number of looks. Or a function `(x0, level) ->
+        [B]`, the log of the product of potentials so far: for a likelihood, that of y with the uncertainty of x0 at
+        that level in its variance, which is what keeps early weights from collapsing. All have the same target.
       threshold: share of the particles below which the effective sample size triggers resampling; 0 only at the end,
         1 at every look.
       every: steps from look to look.
@@ -97,7 +99,10 @@ def smc(
     def step(denoise, x, memory: Particles, at: Step):
         inner_at = at._replace(coef=at.coef["inner"], draw=lambda j: at.draw(j + 2))
         prediction = denoise(x, at.level)
-        total, record = _potential(potential, scale * _rewards(reward, prediction.x0), memory)
+        if callable(potential):
+            total, record = _rewards(lambda x0: potential(x0, at.level), prediction.x0), memory.record
+        else:
+            total, record = _potential(potential, scale * _rewards(reward, prediction.x0), memory)
         looked = memory._replace(log_weight=memory.log_weight + total - memory.total, total=total, record=record)
         memory = jax.tree.map(lambda a, b: jnp.where(at.coef["look"], a, b), looked, memory)
 
@@ -127,8 +132,10 @@ def smc(
 def _check(particles, potential, threshold, every):
     if not isinstance(particles, (int, np.integer)) or particles < 2:
         raise ValueError(f"smc: expected a whole number of particles >= 2, got {particles!r}")
-    if potential not in POTENTIALS:
-        raise ValueError(f"smc: unknown potential {potential!r}; known: {', '.join(POTENTIALS)}")
+    if not callable(potential) and potential not in POTENTIALS:
+        raise ValueError(
+            f"smc: unknown potential {potential!r}; known: {', '.join(POTENTIALS)}, or a function (x0, level)"
+        )
     if not 0 <= threshold <= 1:
         raise ValueError(f"smc: threshold, a share of the particles, must be from 0 to 1, got {threshold}")
     if not isinstance(every, (int, np.integer)) or every < 1:

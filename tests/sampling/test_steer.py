@@ -64,8 +64,9 @@ def check(groups, mean, variance):
         (QUADRATIC, 2.0, {"potential": "max", "every": 7}),
         (LINEAR, 0.5, {"potential": "sum", "every": 7}),
         (LINEAR, 1.0, {"threshold": 0.0}),
+        (QUADRATIC, 2.0, {"potential": lambda x0, level: 2.0 * QUADRATIC(x0) / (1 + 3 * level.sigma**2)}),
     ],
-    ids=["difference", "interval", "max", "sum", "importance"],
+    ids=["difference", "interval", "max", "sum", "importance", "function"],
 )
 def test_steered_samples_have_the_tilted_density(reward, scale, settings):
     solver = dj.smc(dj.ddim(1.0), reward, PARTICLES, scale, **settings)
