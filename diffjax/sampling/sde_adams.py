@@ -61,6 +61,15 @@ def _history(levels: Level, cap: int) -> Array:
     return count
 
 
+def _in_reach(levels: Level, basis: Callable, limit: float = 4.0) -> Array:
+    """Where b moves no more than `limit` times as far as in the step before: farther, a polynomial runs away."""
+    xp = namespace(*levels)
+    s, _ = _finite(levels)
+    b = basis(xp, s)
+    length = xp.abs(b[1:] - b[:-1])
+    return length <= limit * _shifted(length, 1)
+
+
 def _remaining(levels: Level) -> Array:
     xp = namespace(*levels)
     return xp.cumsum(xp.where(_moves(levels), 1, 0)[::-1])[::-1]
@@ -180,7 +189,7 @@ def sde_adams(
 
     The kernel of the SDE is integrated exactly, x0 as a polynomial in b(s) through the last `order` predictions (Xue et
     al. 2023, arXiv:2309.05019, section 4, in log-SNR). It departs in b, which is finite at sigma = 0, so that the last
-    step keeps its order.
+    step keeps its order. A step more than four times as long in b as the one before is first order.
 
     Args:
       order: predictions used by the predictor, and with its end by the corrector: 1 to 4.
@@ -203,7 +212,7 @@ def sde_adams(
 
     def coefficients(levels):
         xp = namespace(*levels)
-        count = _history(levels, order)
+        count = xp.where(_in_reach(levels, variable), _history(levels, order), 1)
         if basis == "log":
             count = xp.where(levels.sigma[1:] > 0, count, 1)
         # The corrector has one node more to choose from, the end of the step.
