@@ -118,11 +118,38 @@ def methods(network: Network) -> dict:
     schedule = network.run.schedule
     karras = lambda n: dj.karras(schedule, n, s_min=S_MIN, s_max=S_MAX)
     out = {}
-    for name in ("ddim", "dpmpp_2m", "heun"):
-        made = ours.solver(name)
+    exponential = lambda n: dj.exponential(schedule, n, s_min=S_MIN, s_max=S_MAX)
+    fixed = [("ddim", karras), ("dpmpp_2m", karras), ("heun", karras), ("dpmpp_3m", karras), ("deis", karras)]
+    for name, grid in [*fixed, ("deis", exponential), ("lms", karras), ("unipc", exponential)]:
+        made = ours.solver(name, *([3] if name == "unipc" else []))
         most = lambda nfe, made=made: max([n for n in range(1, nfe + 1) if made.nfe(n) <= nfe], default=1)
-        out[f"{name} karras"] = lambda nfe, made=made, most=most: (made, karras(most(nfe)))
+        label = f"{name} {'karras' if grid is karras else 'exponential'}"
+        out[label] = lambda nfe, made=made, grid=grid, most=most: (made, grid(most(nfe)))
+    if hasattr(sampling, "recommend"):
+        mean, std = data_statistics(network.run)
+        stats = dj.Gaussian(mean, std**2)
+        out["recommend"] = lambda nfe: sampling.recommend(schedule, nfe)
+        out["recommend, variance"] = lambda nfe: sampling.recommend(schedule, nfe, stats=stats)
     return out
+
+
+def data_statistics(run) -> tuple[np.ndarray, float]:
+    """Mean of the training images, in their shape, and the root mean variance of a pixel."""
+    images = np.stack([run.dataset.train[i]["image"] for i in range(len(run.dataset.train))]).astype(np.float64)
+    return images.mean(0), float(np.sqrt(images.var(0).mean()))
+
+
+def table(report: dict) -> list[str]:
+    """FD-relu, with the distance to the network's own flow in brackets, as Markdown; ours first."""
+    lines = ["", "| sampler | " + " | ".join(f"NFE {n}" for n in BUDGETS) + " |", "|" + "---|" * (len(BUDGETS) + 1)]
+    rows = {name: row for name, row in report["rows"].items() if name != "exact flow"}
+    for name in sorted(rows, key=lambda name: (name in PEERS, rows[name][str(BUDGETS[2])][0])):
+        cells = [f"{rows[name][str(n)][0]:.3f} ({rows[name][str(n)][2]:.2g})" for n in BUDGETS]
+        lines.append("| " + " | ".join([name if name in PEERS else f"ours: {name}", *cells]) + " |")
+    exact = next(iter(report["rows"]["exact flow"].values()))[0]
+    floor, spread = report["floor"]
+    note = f"FD-relu, and in brackets the distance. The network's own flow, followed exactly, has FD-relu {exact:.3f};"
+    return [*lines, "", note, f"the halves floor is {floor:.3f} ± {spread:.3f}.", ""]
 
 
 def main():
@@ -130,12 +157,13 @@ def main():
     parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "digits")
     parser.add_argument("--oracle", type=Path, default=HERE.parent / ".venv-oracle" / "bin" / "python")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "digits_nfe.json")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmark.md", help="gets the table")
     arguments = parser.parse_args()
     run = load_run(os.fspath(arguments.workdir))
     labels = stratified(run.dataset, run.config.eval.num_samples)
     network, judge = Network(run, labels), judges.judge_of(run)
     unit = np.random.default_rng(0).standard_normal(network.shape)
-    sigma_data = float(np.std([run.dataset.train[i]["image"] for i in range(len(run.dataset.train))]))
+    sigma_data = data_statistics(run)[1]
     grid = dj.karras(run.schedule, REFERENCE_STEPS, s_min=S_MIN, s_max=S_MAX)
     exact = network.sample(ours.solver("heun", "alpha"), grid, unit, REFERENCE_STEPS)
     kept = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else {}
@@ -168,7 +196,10 @@ def main():
         "floor": judge.floor,
         "rows": rows,
     }
+    report = json.loads(json.dumps(report))
     targets.dump(report, arguments.out)
+    if arguments.page.exists():
+        targets.write_between(arguments.page, "digits", table(report))
 
 
 if __name__ == "__main__":

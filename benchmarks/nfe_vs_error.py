@@ -190,13 +190,6 @@ def stochastic_tables(report: dict, peers: dict) -> list[str]:
     return lines
 
 
-def write_between(path: Path, marker: str, lines: list[str]) -> None:
-    """Replaces what stands between `<!-- marker -->` and `<!-- end of marker -->` in a page."""
-    head, rest = path.read_text().split(f"<!-- {marker} -->\n")
-    _, tail = rest.split(f"<!-- end of {marker} -->")
-    path.write_text("\n".join([head + f"<!-- {marker} -->", *lines, f"<!-- end of {marker} -->"]) + tail)
-
-
 def draw(rows: dict, peers: dict, path: Path) -> Path:
     """Median error against NFE, a panel for each target and process; the peers are a band, their best its edge."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
@@ -301,7 +294,7 @@ def main():
     print(*lines, *judged, *drawn, sep="\n")
     if arguments.page.exists():
         for marker, part in (("tables", lines), ("bars", ["", *judged, ""]), ("stochastic", [*drawn, ""])):
-            write_between(arguments.page, marker, part)
+            targets.write_between(arguments.page, marker, part)
     print(draw(report["rows"], peers, arguments.picture))
 
 

@@ -307,6 +307,13 @@ def dump(report, path: Path):
     path.write_text(text(report, 4) + "\n")
 
 
+def write_between(path: Path, marker: str, lines: list[str]) -> None:
+    """Replaces what stands between `<!-- marker -->` and `<!-- end of marker -->` in a page."""
+    head, rest = path.read_text().split(f"<!-- {marker} -->\n")
+    _, tail = rest.split(f"<!-- end of {marker} -->")
+    path.write_text("\n".join([head + f"<!-- {marker} -->", *lines, f"<!-- end of {marker} -->"]) + tail)
+
+
 def _save(path: Path, **arrays):
     """Writes an npz in one piece, so that another process never reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
