@@ -206,10 +206,10 @@ def exponential_steps(levels: Level, predict: str, width: int, *, extra: int = 0
     h = xp.where(ends, lam[1:] - lam[:-1], xp.inf)
     h = xp.where(h > 0, h, 1.0)  # a step of no length is skipped
     scale = xp.where(ends, h, 1.0)
-    # Any distinct nodes do where there is no history: the weights on them are not selected.
+    # Where there is no history any nodes do that differ from the others: their weights are not selected.
     nodes = [xp.zeros_like(h)]
     for j in range(1, width):
-        nodes.append(xp.where(past.count > j, (lam[past.index[:, j]] - lam[:-1]) / scale, -1.0 * j))
+        nodes.append(xp.where(past.count > j, (lam[past.index[:, j]] - lam[:-1]) / scale, 1.0 + j))
     count = past.count if infinite else xp.where(ends, past.count, 1)
     return Steps(h, nodes, moments(levels, h, predict, width + extra), xp.maximum(count, 1), past)
 
@@ -365,7 +365,9 @@ def lms(order: int = 4) -> Solver:
         s = divide(levels.sigma, levels.alpha)
         past = history(levels, order, finite)
         d = xp.where(finite[:-1] & (s[1:] != s[:-1]), s[1:] - s[:-1], -1.0)
-        nodes = [xp.where(past.count > j, (s[past.index[:, j]] - s[:-1]) / d, -1.0 * j) for j in range(order)]
+        nodes = [xp.zeros_like(d)]
+        for j in range(1, order):
+            nodes.append(xp.where(past.count > j, (s[past.index[:, j]] - s[:-1]) / d, 1.0 + j))
         moment = [levels.alpha[1:] * d / (k + 1) for k in range(order)]
         weights = [interpolate(nodes[:p], moment[:p]) for p in range(1, order + 1)]
         return exponential_rows(levels, "eps", select(xp.clip(past.count, 1, order), weights, order))
