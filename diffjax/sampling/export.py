@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -129,33 +130,27 @@ def save_sampler(
 
 def _read(path: Path) -> tuple[dict, bytes, list[np.ndarray]]:
     """The file's settings, program and parameters; each part is checked against its checksum by zipfile."""
+    data = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as file:
-            meta = json.loads(file.read("meta.json"))
-            if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-                raise ValueError(f"{path} is a zip file, but not a sampler written by save_sampler")
-            if meta["version"] > VERSION:
-                raise ValueError(f"{path} has format version {meta['version']}; this library reads up to {VERSION}")
-            leaves = [
-                np.frombuffer(file.read(f"params/{i}"), jnp.dtype(leaf["dtype"])).reshape(leaf["shape"])
-                for i, leaf in enumerate(meta["params"])
-            ]
-            return meta, file.read("program"), leaves
-    except (
-        zipfile.BadZipFile,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        UnicodeError,
-        json.JSONDecodeError,
-    ) as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            parts = {name: file.read(name) for name in file.namelist()}
+        meta = json.loads(parts.get("meta.json", b"null"))
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or not a sampler written by save_sampler ({error}); write it again"
         ) from error
-    except KeyError as error:
-        raise ValueError(
-            f"{path} is a zip file, but not a sampler written by save_sampler: {error} is missing"
-        ) from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ValueError(f"{path} is a zip file, but not a sampler written by save_sampler")
+    if meta["version"] > VERSION:
+        raise ValueError(f"{path} has format version {meta['version']}; this library reads up to {VERSION}")
+    names = [f"params/{i}" for i in range(len(meta["params"]))]
+    if missing := {"program", *names} - set(parts):
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}; write it again")
+    leaves = [
+        np.frombuffer(parts[name], jnp.dtype(leaf["dtype"])).reshape(leaf["shape"])
+        for name, leaf in zip(names, meta["params"], strict=True)
+    ]
+    return meta, parts["program"], leaves
 
 
 def _check_call(meta: dict, x: Array, key: jax.Array | None) -> None:

@@ -29,7 +29,7 @@ def test_the_bias_of_the_usual_prior_is_its_misfit(x64):
     start = GAUSSIAN.flow(x, SMOOTHED, end)
     misfit = dj.gaussian_prior()(start, end) - GAUSSIAN.logpdf(start, end)
     np.testing.assert_allclose(run(x) - GAUSSIAN.logpdf(x, SMOOTHED), misfit, atol=3e-5)
-    assert 1e-4 < float(jnp.abs(misfit).max()) < 0.01  # nats in three dimensions
+    assert 1e-4 < float(jnp.abs(misfit).max()) < 0.02  # nats in three dimensions
 
 
 def test_fixed_steps_are_differentiable_and_exact(x64):
