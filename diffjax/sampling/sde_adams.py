@@ -191,6 +191,9 @@ def sde_adams(
     al. 2023, arXiv:2309.05019, section 4, in log-SNR). It departs in b, which is finite at sigma = 0, so that the last
     step keeps its order. A step more than four times as long in b as the one before is first order.
 
+    The defaults are for data of standard deviation near 1 or below, on `asinh(schedule, n, 0.02, s_max=4.0)`: the full
+    noise makes the sampler forget its start, so s_max may be small, and the steps are equal in b all the way to s = 0.
+
     Args:
       order: predictions used by the predictor, and with its end by the corrector: 1 to 4.
       eta: noise: the SDE draws eta times what the reverse SDE draws; 0 is the probability flow, 1 the reverse SDE.
