@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffjax.core.schedules import Schedule
 from diffjax.core.types import Array, Level, Prediction, Solver, Step, namespace
+from diffjax.sampling.stability import warn_if_unstable
 
 GAUGES = {
     "alpha": lambda level: level.alpha,
@@ -94,6 +96,8 @@ def heun(gauge: str = "sum") -> Solver:
     Algorithm 1), "sum" (alpha + sigma) is Heun on the flow ODE and the only one finite at both ends. A step whose gauge
     vanishes at its start, or that ends at sigma = 0, is an Euler step, as in the paper.
 
+    Few steps down to small sigma make it unstable; where a concrete grid does, `init` warns (see `stability`).
+
     Args:
       gauge: "alpha", "sigma" or "sum".
 
@@ -102,12 +106,20 @@ def heun(gauge: str = "sum") -> Solver:
     """
     _known_gauge(gauge)
 
-    def init(x, levels):
+    nfe = lambda n: 2 * n - 1
+
+    def rows(levels):
         level, following = pairs(levels)
         m, m_next = GAUGES[gauge](level), GAUGES[gauge](following)
         ratio = divide(m_next, m)
         coef = {"x": ratio, "x0": following.alpha - ratio * level.alpha, "eps": following.sigma - ratio * level.sigma}
-        return (), coef | {"correct": (m > 0) & (following.sigma > 0)}
+        return coef | {"correct": (m > 0) & (following.sigma > 0)}
+
+    def init(x, levels):
+        if namespace(*levels) is np:
+            two = lambda grid: rows(grid) | {"inner": pairs(grid)[1], "first": 0.5, "second": 0.5}
+            warn_if_unstable(f"heun({gauge!r})", levels, two, nfe)
+        return (), rows(levels)
 
     def step(denoise, x, memory, at: Step):
         first = denoise(x, at.level)
@@ -122,7 +134,7 @@ def heun(gauge: str = "sum") -> Solver:
 
         return jax.lax.cond(at.coef["correct"], correct, lambda _: euler_step, None), memory, first
 
-    return Solver(init, step, order=2, nfe=lambda n: 2 * n - 1)
+    return Solver(init, step, order=2, nfe=nfe)
 
 
 # The variable in which a gauge's right-hand side is integrated, d(alpha / m) and d(sigma / m) in units of it, and the
@@ -206,6 +218,7 @@ def dpm2(schedule: Schedule, r: float = 0.5) -> Solver:
     `sample_dpm_2` of k-diffusion and diffusers' KDPM2DiscreteScheduler at r = 1/2: the slope at the geometric mean of
     the two `s = sigma / alpha` (Lu et al. 2022, arXiv:2206.00927, Algorithm 4 with the step taken in s; Karras et al.
     2022, arXiv:2206.00364, Appendix D.2). Steps from alpha = 0 and to sigma = 0 are Euler steps.
+    Few steps down to small sigma make it unstable; where a concrete grid does, `init` warns (see `stability`).
 
     Args:
       schedule: that the grid was made from; only `at_logsnr` is called.
@@ -218,7 +231,9 @@ def dpm2(schedule: Schedule, r: float = 0.5) -> Solver:
     if not 0 < r <= 1:
         raise ValueError(f"r: expected a number in (0, 1], got {r}")
 
-    def init(x, levels):
+    nfe = lambda n: 2 * n - 1
+
+    def rows(levels):
         level, following = pairs(levels)
         xp = namespace(*levels)
         inner = (level.alpha > 0) & (level.sigma > 0) & (following.sigma > 0)
@@ -228,7 +243,14 @@ def dpm2(schedule: Schedule, r: float = 0.5) -> Solver:
         between = schedule.at_logsnr(2 * (lam[:-1] + r * (lam[1:] - lam[:-1])))
         between = Level(*(xp.where(inner, a, b) for a, b in zip(between, level, strict=True)))
         ratio = divide(following.alpha, level.alpha)
-        return (), {"inner": between, "x": ratio, "eps": following.sigma - ratio * level.sigma, "correct": inner}
+        return {"inner": between, "x": ratio, "eps": following.sigma - ratio * level.sigma, "correct": inner}
+
+    def init(x, levels):
+        if namespace(*levels) is np:
+            weights = {"first": 1 - 1 / (2 * r), "second": 1 / (2 * r)}
+            two = lambda grid: rows(grid) | weights | {"x0": np.zeros(len(grid.t) - 1)}
+            warn_if_unstable(f"dpm2(r={r})", levels, two, nfe)
+        return (), rows(levels)
 
     def step(denoise, x, memory, at: Step):
         first = denoise(x, at.level)
@@ -240,7 +262,7 @@ def dpm2(schedule: Schedule, r: float = 0.5) -> Solver:
 
         return jax.lax.cond(c["correct"], correct, lambda _: to_level(at.next, first), None), memory, first
 
-    return Solver(init, step, order=2, nfe=lambda n: 2 * n - 1)
+    return Solver(init, step, order=2, nfe=nfe)
 
 
 def rk4(schedule: Schedule, gauge: str = "sum") -> Solver:

@@ -10,6 +10,7 @@ import pytest
 
 import diffjax as dj
 from diffjax.core.types import Level, Prediction
+from diffjax.sampling import stability
 
 PROCESSES = {"vp": dj.VP(), "cosine": dj.Cosine(), "edm": dj.EDM(), "flow": dj.Flow()}
 GAUSSIAN = dj.Gaussian(np.array([0.4, -0.3, 0.1]), np.diag([1.0, 0.1, 0.01]))
@@ -122,6 +123,69 @@ def test_dpm2_calls_at_the_geometric_mean(x64):
         out = solver.step(denoise, jnp.full((1, 1), 10.0), memory, at)[0]
     np.testing.assert_allclose(seen, [4.0, 2.0])
     np.testing.assert_allclose(out, 10.0 + (1.0 - 4.0) * 2.0)
+
+
+THIN = 1.3e-5**0.5  # the std along which Heun is worst on EDM's grids
+STRIPS = dj.Mixture([1.0, 2.0], [[1.0, 0.0], [-0.6, 0.5]], [np.diag([0.3, THIN**2])] * 2)
+
+
+def test_where_it_warns_a_mixture_blows_up_and_elsewhere_not(x64):
+    solver = dj.heun("alpha")
+    run = jax.jit(lambda x, levels: dj.sample(solver, STRIPS.denoise, x, levels))
+    two = {"first": 0.5, "second": 0.5}
+    for n in (5, 8, 12, 18):
+        grid = dj.karras(dj.EDM(), n)
+        out = run(
+            dj.prior(jax.random.key(0), (4000, 2), grid), Level(*(np.pad(field, (0, 18 - n), "edge") for field in grid))
+        )
+        # The median distance from the nearer strip over that of a normal: few samples between strips do not count.
+        off = jnp.minimum(jnp.abs(out[:, 1]), jnp.abs(out[:, 1] - 0.5))
+        observed = float(jnp.median(off)) / 0.6745 / THIN
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            coef = solver.init(out, grid)[1]
+        figure = np.interp(
+            THIN**2, stability.VARIANCES, stability.gain(grid, coef | two | {"inner": grid.at(slice(1, None))})
+        )
+        # The median of 4,000 has a standard error of 2 %. A mixture adds its own error to a Gaussian's, so where the
+        # figure is large it is a lower bound.
+        if caught:
+            assert observed > 0.92 * figure > 2.5, (n, observed, figure)
+        else:
+            assert observed < 1.8, (n, observed, figure)
+        assert bool(caught) == (n <= 8)
+
+
+def test_the_gain_in_closed_form_is_that_of_the_solver(x64):
+    variance = stability.VARIANCES
+    for grid in (dj.karras(dj.EDM(), 6), dj.uniform(dj.Flow(), 7)):
+        directions = dj.Gaussian(np.zeros(49), np.diag(variance))
+        start = jnp.asarray(np.hypot(grid.alpha[0] * variance**0.5, grid.sigma[0]))[None]
+        for solver, extra in (
+            (dj.heun(), {"inner": grid.at(slice(1, None)), "first": 0.5, "second": 0.5}),
+            (dj.dpm2(dj.Flow(), 0.7), {"first": 1 - 1 / 1.4, "second": 1 / 1.4, "x0": np.zeros(len(grid.t) - 1)}),
+        ):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                out = np.abs(dj.sample(solver, directions.denoise, start, grid)[0] / np.sqrt(variance))
+                coef = solver.init(start, grid)[1]
+            np.testing.assert_allclose(stability.gain(grid, coef | extra), out, rtol=1e-8)
+
+
+def test_warns_where_few_steps_explode_and_only_there():
+    x = np.zeros((1, 3))
+    for solver in (dj.heun(), dj.heun("alpha"), dj.dpm2(dj.EDM())):
+        with pytest.warns(RuntimeWarning, match="of 5 steps.* times that of the data; use about .* calls.*unipc"):
+            solver.init(x, dj.karras(dj.EDM(), 5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            solver.init(x, dj.karras(dj.EDM(), 18))
+            solver.init(x, dj.karras(dj.VP(), 18))
+            jax.jit(lambda levels, s=solver: s.init(x, levels)[1])(dj.karras(dj.EDM(), 5))  # traced: silent
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n in (2, 5, 10):
+            dj.heun().init(x, dj.uniform(dj.Flow(), n))
 
 
 def test_messages():
