@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -22,12 +23,8 @@ KEYS = ("one", "each", None)
 
 
 def _needs_flatbuffers() -> None:
-    try:
-        import flatbuffers  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "writing and reading samplers needs the package flatbuffers: pip install flatbuffers"
-        ) from error
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError("writing and reading samplers needs the package flatbuffers: pip install flatbuffers")
 
 
 def export(
