@@ -119,17 +119,16 @@ def methods(network: Network) -> dict:
     karras = lambda n: dj.karras(schedule, n, s_min=S_MIN, s_max=S_MAX)
     out = {}
     exponential = lambda n: dj.exponential(schedule, n, s_min=S_MIN, s_max=S_MAX)
-    fixed = [("ddim", karras), ("dpmpp_2m", karras), ("heun", karras), ("dpmpp_3m", karras), ("deis", karras)]
-    for name, grid in [*fixed, ("deis", exponential), ("lms", karras), ("unipc", exponential)]:
+    fixed = [("ddim", karras), ("dpmpp_2m", karras), ("heun", karras), ("deis", exponential), ("unipc", exponential)]
+    for name, grid in fixed:
         made = ours.solver(name, *([3] if name == "unipc" else []))
         most = lambda nfe, made=made: max([n for n in range(1, nfe + 1) if made.nfe(n) <= nfe], default=1)
         label = f"{name} {'karras' if grid is karras else 'exponential'}"
         out[label] = lambda nfe, made=made, grid=grid, most=most: (made, grid(most(nfe)))
-    if hasattr(sampling, "recommend"):
-        mean, std = data_statistics(network.run)
-        stats = dj.Gaussian(mean, std**2)
-        out["recommend"] = lambda nfe: sampling.recommend(schedule, nfe)
-        out["recommend, variance"] = lambda nfe: sampling.recommend(schedule, nfe, stats=stats)
+    mean, std = data_statistics(network.run)
+    stats = dj.Gaussian(mean, std**2)
+    out["recommend"] = lambda nfe: sampling.recommend(schedule, nfe)
+    out["recommend, variance"] = lambda nfe: sampling.recommend(schedule, nfe, stats=stats)
     return out
 
 

@@ -56,11 +56,11 @@ def peers_report(oracle: Path, out: Path, again: bool) -> tuple[dict, str]:
 def measure(name: str) -> dict:
     """`{process: {method: {nfe: [rmse, median, flips, calls]}}}` of our deterministic samplers on one target."""
     rows = {}
-    run = ours.Runner(name)
+    run, methods = ours.Runner(name), ours.deterministic()
     for process in (make() for make in targets.PROCESSES.values()):
         schedule, exact = ours.SCHEDULES[process.name](), targets.ends(run.target, process)
         cell = rows[process.name] = {}
-        for method in ours.deterministic():
+        for method in methods:
             for nfe in ours.BUDGETS:
                 planned = method.plan(schedule, run.target, nfe)
                 if planned is None:
