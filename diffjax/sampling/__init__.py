@@ -1,5 +1,6 @@
 """Samplers: the loop and the solvers that it runs."""
 
+from diffjax.sampling.adams import adams, jump
 from diffjax.sampling.adaptive import Stats, adaptive, flow_time, from_flow, probability_flow, to_flow
 from diffjax.sampling.brownian import brownian
 from diffjax.sampling.diagnose import Moments, gaussian_kl, gaussian_moments
@@ -23,6 +24,7 @@ from diffjax.sampling.loop import StepInfo, check_grid, normal, prior, sample
 from diffjax.sampling.multistep import deis, dpm_multistep, dpmpp_2m, dpmpp_3m, lms
 from diffjax.sampling.pndm import ipndm, plms, pndm
 from diffjax.sampling.product import product
+from diffjax.sampling.recommend import recommend
 from diffjax.sampling.sde_adams import sa_solver, sde_adams
 from diffjax.sampling.sde_dpm import inner_levels, sde_dpm_2m, sde_dpmpp, sde_dpmpp_2m, sde_dpmpp_3m
 from diffjax.sampling.singlestep import dpm_solver, dpmpp_2s
@@ -32,6 +34,7 @@ from diffjax.sampling.stochastic import ancestral, ancestral_ddpm, churn, euler_
 from diffjax.sampling.unipc import unipc
 
 SOLVERS = {
+    "adams": adams,
     "ancestral_ddpm": ancestral_ddpm,
     "annealed_langevin": annealed_langevin,
     "consistency": consistency,
@@ -71,6 +74,7 @@ __all__ = [
     "SOLVERS",
     "Stats",
     "StepInfo",
+    "adams",
     "adaptive",
     "ancestral",
     "ancestral_ddpm",
@@ -111,6 +115,7 @@ __all__ = [
     "inpaint",
     "inverse",
     "ipndm",
+    "jump",
     "lcm",
     "lms",
     "load_sampler",
@@ -125,6 +130,7 @@ __all__ = [
     "prior",
     "probability_flow",
     "product",
+    "recommend",
     "repaint",
     "repaint_levels",
     "rk4",

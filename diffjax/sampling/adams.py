@@ -162,7 +162,7 @@ def _table(levels: Level, order: int, correct: int, variance, basis, *, open_end
 
 
 def adams(
-    order: int = 3,
+    order: int = 4,
     predict: str = "v",
     *,
     sigma_data: float = 0.5,
@@ -171,22 +171,22 @@ def adams(
     basis: str = "asinh",
     scale: float = 0.05,
 ) -> Solver:
-    """Exponential Adams: one call a step, order `order`, one more with the corrector, which costs no call.
+    """Exponential Adams of a true order 1 to 4, with one call a step.
 
     `predict` says which linear part is exact: "x0" with "log" and no corrector is DPM-Solver++ (Lu et al. 2022,
     arXiv:2211.01095) with the true weights of non-uniform steps, "eps" DEIS (Zhang and Chen 2022, arXiv:2204.13902) in
     the variable s, and "v" the network output of EDM (Karras et al. 2022, arXiv:2206.00364, Eq. 7), whose linear part
-    is the flow of a Gaussian. The corrector redoes the last step with the new prediction inside (Zhao et al. 2023,
-    UniPC, arXiv:2302.04867, Algorithm 1), and uses one point more than the predictor. The first steps have fewer
-    points: their error is of second order (third with the corrector), times how much the prediction changes there, so
-    start where it hardly does, at large s.
+    is the flow of a Gaussian. The corrector redoes the last step with the new prediction inside and costs no call (Zhao
+    et al. 2023, UniPC, arXiv:2302.04867, Algorithm 1): `order - 1` points predict, `order` correct. The first steps
+    have fewer points: their error is of second order (third with the corrector), times how much the prediction changes
+    there, so start where it hardly does, at large s.
 
     Args:
-      order: points of the predictor, 1 to 4.
+      order: of convergence, 1 to 4.
       predict: "x0", "v" or "eps".
       sigma_data: std of the data for "v"; EDM's default.
       stats: mean and covariance of the data in place of `sigma_data`, of zero mean; for "v".
-      corrector: whether to use it.
+      corrector: whether to use it; order 1 has none.
       basis: the polynomial's variable: "asinh" of s / scale, "half" `log(s^2 + scale^2) / 2`, or "log" of s, in which
         the step to sigma = 0 is first order.
       scale: of the basis, about the std of the finest structure of the data.
@@ -210,14 +210,17 @@ def adams(
         mean, operate = 0.0, jnp.multiply
     else:
         variance, mean, operate = stats.spectrum, stats.mean, stats.operate
-    points = order + 1 if corrector else 0
+    corrector = corrector and order > 1
+    predicts, corrects = (order - 1, order) if corrector else (order, 0)
 
     def init(x, levels):
         if predict == "eps" and isinstance(levels.alpha, np.ndarray) and np.any(levels.alpha == 0):
             raise ValueError("adams with predict='eps' divides by alpha; start the grid at alpha > 0, or use 'v'")
         xp = namespace(*levels)
-        rows = _table(levels, order, points, variance, lambda s: BASES[basis](s, scale, xp), open_end=basis == "log")
-        history = jnp.zeros((max(order, points) - 1, *x.shape), x.dtype)
+        rows = _table(
+            levels, predicts, corrects, variance, lambda s: BASES[basis](s, scale, xp), open_end=basis == "log"
+        )
+        history = jnp.zeros((order - 1, *x.shape), x.dtype)
         return (x, history), rows
 
     def step(denoise, x, memory, at: Step):
@@ -233,7 +236,7 @@ def adams(
         following = at.next.alpha * mean + operate(row["x"], x - at.level.alpha * mean) + combine(row["g"])
         return following, (x, points[:-1] if len(history) else history), prediction
 
-    return Solver(init, step, order=order + corrector, nfe=lambda n: n)
+    return Solver(init, step, order=order, nfe=lambda n: n)
 
 
 def jump(solver: Solver, stats: Gaussian) -> Solver:
