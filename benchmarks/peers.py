@@ -194,7 +194,7 @@ def main():
     kl, law = measure_stochastic() if arguments.stochastic else (kept.get("kl", {}), kept.get("law", {}))
     report = {
         "command": "python benchmarks/peers.py",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread, {time.process_time():.0f} s of it",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread",
         "versions": {name: metadata.version(name) for name in ("diffusers", "k-diffusion", "torch")},
         "targets": {name: make().digest for name, make in targets.TARGETS.items()},
         "columns": ["rmse", "median", "flips", "calls"],
