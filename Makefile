@@ -2,8 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
+ORACLE ?= .venv-oracle
+PARITY ?= /tmp/diffjax-parity
+SEED ?= 0
+COUNT ?= 20
 
-.PHONY: help setup run test lint slow faults bench clean
+.PHONY: help setup run test lint slow faults bench oracle golden parity clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +35,22 @@ faults: setup  ## kill and corrupt runs, many times
 
 bench: setup  ## timings on this machine, written to benchmarks/results
 	PYTHONPATH=. $(BIN)/python benchmarks/step_time.py
+
+$(ORACLE)/.ready:
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/pip install --quiet torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+	$(ORACLE)/bin/pip install --quiet diffusers==0.42.1 transformers==5.23.0 safetensors accelerate scipy torchsde
+	@touch $@
+
+oracle: $(ORACLE)/.ready  ## a virtual environment with PyTorch and diffusers, to compare with
+
+golden: oracle  ## the files of diffusers' runs that the tests read
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out tests/parity/golden
+
+parity: setup oracle  ## compare COUNT random configurations of each scheduler, drawn from SEED, with diffusers itself
+	rm -rf $(PARITY)/schedulers
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out $(PARITY)/schedulers --seed $(SEED) --count $(COUNT)
+	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest tests/convert -k live
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ ALLOWED = {
     "core": {"diffjax.core"},
     "sampling": {"diffjax.core", "diffjax.sampling"},
     "guidance": {"diffjax.core", "diffjax.guidance"},
+    "convert": {"scipy", "diffjax.core", "diffjax.sampling", "diffjax.convert"},
     "nn": {"flax", "diffjax.nn"},
     "models": {"flax", "diffjax.nn", "diffjax.models", "diffjax.core.types", "diffjax.registry"},
     "data": {"grain", "sklearn", "scipy", "diffjax.data", "diffjax.registry"},

@@ -123,10 +123,12 @@ def _points(c: SimpleNamespace, n: int, o: SimpleNamespace, *, last: str, single
     return Points(t.astype(np.int64), np.append(sigmas, final).astype(F), c.use_flow_sigmas)
 
 
-def _head(c: SimpleNamespace, half: str):
+def _head(c: SimpleNamespace, half: str, through: str | None = None):
     change = limit(c) if half == "x0" or not hasattr(c, "predict_x0") else None
     on_vp = c.prediction_type == "flow_prediction" and not c.use_flow_sigmas
-    return network("flow_on_vp" if on_vp else c.prediction_type, change=change, needs_eps=half == "eps")
+    return network(
+        "flow_on_vp" if on_vp else c.prediction_type, change=change, needs_eps=half == "eps", through=through or half
+    )
 
 
 class Update(NamedTuple):
@@ -285,7 +287,7 @@ def deis(c: SimpleNamespace, n: int, o: SimpleNamespace):
             integral = _log_integral(rho[i + 1], nodes[k], others) - _log_integral(rho[i], nodes[k], others)
             weights[i, k] = alpha[i + 1] * integral
     rows = {"x": xs, "eps": weights[:, 0], "past": weights[:, 1:]}
-    return linear(rows, order=min(2, c.solver_order), half="eps"), p.levels(), _head(c, "eps")
+    return linear(rows, order=min(2, c.solver_order), half="eps"), p.levels(), _head(c, "eps", "x0")
 
 
 def _log_integral(t, b, others):

@@ -125,6 +125,7 @@ def network(
     scale_in: Callable[[Level], Array] = _unit,
     needs_eps: bool = True,
     clipped: bool = False,
+    through: str | None = None,
 ) -> Head:
     """The head of a `prediction_type`.
 
@@ -135,15 +136,19 @@ def network(
       scale_in: factor of x at the network's input.
       needs_eps: whether the scheduler uses eps, and grids with sigma = 0 are refused where it cannot be had.
       clipped: whether `change` makes even an infinite x0 finite, so that alpha = 0 is no obstacle.
+      through: "x0" or "eps", the half that the other is computed from whatever the network returns. On flow grids a
+        v-prediction's own halves do not add up to x.
     """
     split_halves, target = SPLITS[kind], _TARGETS[kind]
 
     def split(out, x, level):
         a, s = expand(level.alpha, x), expand(level.sigma, x)
         x0, eps = split_halves(out, x, a, s)
-        if change is None:
+        if through == "eps" and change is not None:
+            x0 = (x - s * eps) / a
+        if change is None and through != "x0":
             return Prediction(x0, eps)
-        x0 = change(x0)
+        x0 = x0 if change is None else change(x0)
         return Prediction(x0, eps if keep_eps else (x - a * x0) / (s / a if kind == "flow_on_vp" else s))
 
     checks = {"epsilon": _anywhere if clipped else EPS.check, "sample": _needs_noise if needs_eps else _anywhere}

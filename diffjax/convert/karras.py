@@ -191,8 +191,10 @@ def _dpm2(c: SimpleNamespace, n: int, *, ancestral: bool):
     t, sigmas, _, logs = sigma_grid(c, n, rounded=True)
     s, following = sigmas[:-1], sigmas[1:]
     end, up = _ancestral(s, following) if ancestral else (following, np.zeros_like(s))
-    middle = _log_middle(s, end)
     single = np.arange(n) == n - 1
+    # In float32 sigma_down rounds to 0 where a step is long; its own value then.
+    exact = following.astype(np.float64) ** 2 / s if ancestral else end
+    middle = _log_middle(s, np.where((end == 0) & ~single, exact, end).astype(F))
     safe = np.where(single, s, middle)
     inner = Level(sigma_to_t(safe, logs).astype(t.dtype), np.ones(n), safe)
     last = {"x": np.ones(n), "gap_2": (end - s) / safe}
@@ -212,21 +214,23 @@ def dpm_sde(c: SimpleNamespace, n: int, o: SimpleNamespace):
     t, sigmas, raw, logs = sigma_grid(c, n, wide=True)
     s, following = sigmas[:-1], sigmas[1:]
     single = following == 0
-    target = np.where(single, s, following)
-    middle = np.where(single, s, _log_middle(s, target))
+    log_s, log_end = np.log(s), np.log(np.where(single, s, following))
+    log_middle = np.where(single, log_s, log_s + (log_end - log_s) * F(0.5))
     inner_t = np.append(sigma_to_t(np.exp((np.log(raw[:-1]) + np.log(raw[1:])) / 2), logs), t[-1])
-    first, last = _sde_stage(s, middle, o.s_noise), _sde_stage(s, target, o.s_noise)
+    first, last = _sde_stage(log_s, log_middle, o.s_noise), _sde_stage(log_s, log_end, o.s_noise)
     first["x"], first["x0"] = np.where(single, 0, first["x"]), np.where(single, 1, first["x0"])
     last["x0_2"] = last.pop("x0")
-    solver = two_stage(first, Level(inner_t, np.ones(n), middle), last, single, order=1)
+    last = {k: np.where(single, 0, v) for k, v in last.items()}
+    solver = two_stage(first, Level(inner_t, np.ones(n), np.exp(log_middle)), last, single, order=1)
     return solver, grid(t, np.ones(n + 1), sigmas), karras_network(c)
 
 
-def _sde_stage(s: np.ndarray, target: np.ndarray, s_noise: float) -> dict:
-    up = np.minimum(target, np.sqrt(target**2 * (s**2 - target**2) / s**2))
-    down = np.sqrt(target**2 - up**2)
-    ratio = down / s
-    return {"x": ratio, "x0": 1 - ratio, "draw": F(s_noise) * up}
+def _sde_stage(log_start: np.ndarray, log_end: np.ndarray, s_noise: float) -> dict:
+    """An ancestral step between logs of sigmas, with the roundings of float32: where they end, `down` is noise."""
+    start, end = np.exp(log_start), np.exp(log_end)
+    up = np.minimum(end, np.sqrt(end**2 * (start**2 - end**2) / start**2))
+    log_down = np.log(np.sqrt(end**2 - up**2))
+    return {"x": np.exp(log_down) / start, "x0": -np.expm1(log_down - log_start), "draw": F(s_noise) * up}
 
 
 def _edm_sigmas(c: SimpleNamespace, ramp: np.ndarray) -> np.ndarray:

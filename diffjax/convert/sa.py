@@ -8,49 +8,72 @@ from types import SimpleNamespace
 import numpy as np
 
 from diffjax.convert.dpm import Points, _head, _points
+from diffjax.convert.grids import F
 from diffjax.convert.tables import corrected
 
 
-def _moment(k: int, start: float, end: float, tau: float, x0: bool) -> float:
-    """The integral of `l^k` over the step, weighted by the solver's exponential."""
+def _moment(k: int, start: F, end: F, tau: float, x0: bool) -> F:
+    """The integral of `l^k` over the step, weighted by the solver's exponential, float32 as diffusers rounds it."""
     if not x0:
-        poly = lambda l: sum(math.factorial(k) / math.factorial(j) * l**j for j in range(k + 1))
-        return math.exp(-end) * (poly(start) * math.exp(end - start) - poly(end))
+        return np.exp(-end) * (_poly(k, start, 1) * np.exp(end - start) - _poly(k, end, 1))
     rate = 1 + tau**2
-    poly = lambda l: sum((-1) ** (k - j) * math.factorial(k) / math.factorial(j) * l**j for j in range(k + 1))
-    gap = math.exp(-rate * (end - start))
-    return math.exp(rate * end) * (poly(rate * end) - poly(rate * start) * gap) / rate ** (k + 1)
+    start, end = F(rate) * start, F(rate) * end
+    return np.exp(end) * (_poly(k, end, -1) - _poly(k, start, -1) * np.exp(-(end - start))) / F(rate ** (k + 1))
 
 
-def _integrals(nodes: list[float], start: float, end: float, tau: float, x0: bool) -> np.ndarray:
+def _poly(k: int, x: F, sign: int) -> F:
+    """`x^k + sign k x^(k - 1) + k (k - 1) x^(k - 2) + ..`."""
+    powers = [F(1), x, x * x, x * x * x]
+    total = powers[k]
+    for j in range(k - 1, -1, -1):
+        total = total + F(sign ** (k - j) * math.factorial(k) // math.factorial(j)) * powers[j]
+    return total
+
+
+def _lagrange(node: F, others: list) -> list:
+    """Coefficients of the polynomial that is 1 at `node` and 0 at the others, highest power first."""
+    scale = F(1)
+    for other in others:
+        scale = scale * (node - other)
+    if not others:
+        return [F(1)]
+    if len(others) == 1:
+        return [1 / scale, -others[0] / scale]
+    if len(others) == 2:
+        a, b = others
+        return [1 / scale, (-a - b) / scale, a * b / scale]
+    a, b, c = others
+    return [1 / scale, (-a - b - c) / scale, (a * b + a * c + b * c) / scale, -a * b * c / scale]
+
+
+def _integrals(nodes: list, start: F, end: F, tau: float, x0: bool) -> np.ndarray:
     """Weights of the predictions at the nodes: integrals of their Lagrange polynomials over the step."""
-    moments = np.array([_moment(k, start, end, tau, x0) for k in range(len(nodes))])
-    out = []
+    p, out = len(nodes), []
     for j, node in enumerate(nodes):
-        others = [other for k, other in enumerate(nodes) if k != j]
-        coefficients = np.atleast_1d(np.poly(others))[::-1] / np.prod([node - other for other in others])
-        out.append(coefficients @ moments)
-    return np.array(out)
+        coefficients = _lagrange(node, nodes[:j] + nodes[j + 1 :])
+        out.append(sum(w * _moment(p - 1 - k, start, end, tau, x0) for k, w in enumerate(coefficients)))
+    return np.array(out, F)
 
 
 def _step(p: Points, i: int, nodes: list[int], tau: float, x0: bool, *, corrector: bool):
     """Weights of x, of the predictions at `nodes` and of the noise, for the step from point i to i + 1."""
-    alpha, sigma = (v.astype(np.float64) for v in p.halves)
-    with np.errstate(divide="ignore"):
-        lam = np.log(alpha) - np.log(sigma)
+    (alpha, sigma), lam = p.halves, p.lam
     start, end = lam[i], lam[i + 1]
-    h, rate = end - start, 1 + tau**2
+    h, rate, square = end - start, F(1 + tau**2), F(tau**2)
     weights = _integrals([lam[k] for k in nodes], start, end, tau, x0)
     if not x0:
-        draw = tau * sigma[i + 1] * math.sqrt(math.expm1(2 * h))
+        draw = F(tau) * sigma[i + 1] * np.sqrt(np.exp(2 * h) - 1)
         return alpha[i + 1] / alpha[i], -rate * alpha[i + 1] * weights, draw
     if len(nodes) == 2:
-        inner = (h * rate - 1 + math.exp(-rate * h)) / rate**2
-        gain = h / 2 - inner / h if corrector else (h**2 / 2 - inner) / (start - lam[i - 1])
-        weights += math.exp(rate * end) * gain * np.array([1, -1])
-    weights = rate * sigma[i + 1] * math.exp(-(tau**2) * end) * weights
-    draw = sigma[i + 1] * math.sqrt(-math.expm1(-2 * tau**2 * h))
-    return math.exp(-(tau**2) * h) * sigma[i + 1] / sigma[i], weights, draw
+        inner = h * rate - 1 + np.exp(rate * -h)
+        if corrector:
+            gain = h / 2 - inner / (rate**2 * h)
+        else:
+            gain = (h * h / 2 - inner / rate**2) / (start - lam[i - 1])
+        weights = weights + np.exp(rate * end) * gain * np.array([1, -1], F)
+    weights = rate * sigma[i + 1] * np.exp(-square * end) * weights
+    draw = sigma[i + 1] * np.sqrt(1 - np.exp(-2 * square * h))
+    return np.exp(-square * h) * (sigma[i + 1] / sigma[i]), weights, draw
 
 
 def sa_solver(c: SimpleNamespace, n: int, o: SimpleNamespace):

@@ -64,7 +64,7 @@ def scheduler(config: dict | str | os.PathLike, n: int, **step_options: Any) -> 
     Drive them as `sample(solver, denoiser(f, head), x, levels, key)`: `f(x, t)` is the raw network, `x` in it is scaled
     as `scale_model_input` does and `t` [B] are the scheduler's own time steps. The state after step i is what the
     scheduler's `step` returns, in its coordinates; `x` given to `sample` is what its pipeline starts from, unit noise
-    times `init_noise_sigma(levels, head)`.
+    times `start_scale(config, levels)`.
 
     Schedulers of two stages (Heun, DPM-2, PNDM's first steps) call `step` more than n times; here each of the n steps
     is a whole one. Draw j of step i is the j-th noise that the scheduler draws in it, so that
@@ -99,4 +99,28 @@ def scheduler(config: dict | str | os.PathLike, n: int, **step_options: Any) -> 
     return solver._replace(ascending=bool(np.any(np.diff(noise) > 0))), levels, head
 
 
-__all__ = ["READERS", "scheduler"]
+_KARRAS = ("EulerDiscrete", "EulerAncestral", "HeunDiscrete", "LMSDiscrete", "KDPM2", "DPMSolverSDE")
+
+
+def start_scale(config: dict | str | os.PathLike, levels: Level) -> float:
+    """What a pipeline multiplies unit noise by to start, `init_noise_sigma`: `x = start_scale(config, levels) * noise`.
+
+    1 for the schedulers whose state is variance-preserving or a flow. Those whose state is `x0 + sigma eps` start at
+    their largest sigma, or at `sqrt(sigma^2 + 1)` with `timestep_spacing="leading"` and with EDM's preconditioning.
+
+    Args:
+      config: as in `scheduler`.
+      levels: the grid that `scheduler` returned for it.
+
+    Raises:
+      ValueError: as `scheduler` does for the configuration.
+    """
+    kind, options = read_options(config if isinstance(config, dict) else _load(config))
+    if kind.startswith("EDM"):
+        return float((options.sigma_max**2 + 1) ** 0.5)
+    if kind == "CMStochasticIterativeScheduler":
+        return float(options.sigma_max)
+    if not kind.startswith(_KARRAS):
+        return 1.0
+    largest = float(np.max(levels.sigma))
+    return largest if options.timestep_spacing in ("linspace", "trailing") else (largest**2 + 1) ** 0.5

@@ -39,8 +39,8 @@ def check_finite(rows: Any, what: str) -> Any:
         if bad.any():
             step = int(np.argwhere(bad)[0][0])
             raise ValueError(
-                f"{what}: the coefficient {jax.tree_util.keystr(path)} of step {step} is not a finite number; diffusers "
-                "gives NaN for this configuration. Use another n, final_sigmas_type, solver_type or a lower order"
+                f"{what}: the coefficient {jax.tree_util.keystr(path)} of step {step} is not a finite number: "
+                "diffusers gives NaN here. Use another n, final_sigmas_type, solver_type or a lower order"
             )
     return rows
 
@@ -97,7 +97,7 @@ def two_stage(middle: Rows, inner: Level, last: Rows, single: np.ndarray, *, ord
     """Two calls a step, one where `single` says so.
 
     `y = x x + x0 x0 + eps eps + draw noise` with the rows `middle` is where the second call is made, at the level
-    `inner`; then `x' = x x + x0 x0 + eps eps + x0_2 x0_2 + gap_2 (y - x0_2) + draw noise` with the rows `last`, whose row
+    `inner`; then `x' = x x + x0 x0 + eps eps + x0_2 x0_2 + gap_2 (y - x0_2) + draw noise` with the rows `last`. Its row
     `again` is the weight of y's own noise. A single step ends at y.
     """
     rows = {"middle": middle, "last": last, "inner": inner, "both": ~np.asarray(single)}

@@ -3,8 +3,8 @@
     .venv-oracle/bin/python tests/parity/schedulers.py --out tests/parity/golden      the committed cases
     .venv-oracle/bin/python tests/parity/schedulers.py --out FOLDER --seed 7 --count 40   random ones, 40 of each class
 
-Each run is in the pipelines' order: scale_model_input, network, step. A file holds, for each case, its configuration, the
-time steps, the start, every state and every noise draw in order. Needs torch and diffusers, not jax.
+Each run is in the pipelines' order: scale_model_input, network, step. A file holds, for each case, its configuration,
+the time steps, the start, every state and every noise draw in order. Needs torch and diffusers, not jax.
 """
 
 from __future__ import annotations
@@ -32,7 +32,206 @@ def variance(x, t, xp):
     return xp.tanh(0.5 * x - 0.1)
 
 
-FIXED: list[tuple[dict, int, dict]] = []
+# (class without "Scheduler", steps, configuration, step options); each option of each class occurs.
+_FIXED = [
+    ("DDPM", 10, {}, {}),
+    ("DDPM", 5, {"variance_type": "fixed_large", "prediction_type": "v_prediction", "steps_offset": 1}, {}),
+    (
+        "DDPM",
+        5,
+        {"variance_type": "fixed_small_log", "beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 0.5},
+        {},
+    ),
+    ("DDPM", 5, {"variance_type": "learned_range", "timestep_spacing": "trailing", "clip_sample": False}, {}),
+    ("DDPM", 2, {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}, {}),
+    ("DDPM", 4, {"beta_schedule": "sigmoid", "prediction_type": "sample"}, {"timesteps": [900, 500, 40, 0]}),
+    ("DDPM", 5, {"beta_schedule": "laplace", "timestep_spacing": "linspace"}, {}),
+    ("DDIM", 10, {}, {}),
+    ("DDIM", 25, {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}, {}),
+    ("DDIM", 5, {"timestep_spacing": "linspace", "clip_sample_range": 0.5}, {"eta": 1.0}),
+    (
+        "DDIM",
+        5,
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+        {},
+    ),
+    ("DDIM", 5, {"thresholding": True, "sample_max_value": 2.0}, {"eta": 0.5, "use_clipped_model_output": True}),
+    ("DDIM", 1, {"prediction_type": "sample", "steps_offset": 1}, {}),
+    ("DDIM", 5, {"set_alpha_to_one": False, "beta_start": 0.001, "beta_end": 0.03, "num_train_timesteps": 500}, {}),
+    ("DDIMInverse", 10, {"clip_sample": False}, {}),
+    (
+        "DDIMInverse",
+        5,
+        {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "set_alpha_to_one": False},
+        {},
+    ),
+    ("DDIMInverse", 5, {"steps_offset": 1, "clip_sample_range": 2.0}, {}),
+    ("EulerDiscrete", 10, {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1}, {}),
+    (
+        "EulerDiscrete",
+        5,
+        {"use_karras_sigmas": True, "prediction_type": "v_prediction"},
+        {"s_churn": 2.0, "s_noise": 1.003},
+    ),
+    (
+        "EulerDiscrete",
+        5,
+        {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"},
+        {"s_churn": 1.0, "s_tmin": 0.5},
+    ),
+    ("EulerDiscrete", 5, {"use_beta_sigmas": True, "prediction_type": "sample", "sigma_max": 20.0}, {"s_churn": 1.0}),
+    ("EulerDiscrete", 5, {"interpolation_type": "log_linear", "timestep_spacing": "trailing"}, {"s_tmax": 9.0}),
+    ("EulerDiscrete", 5, {"timestep_type": "continuous", "prediction_type": "v_prediction", "sigma_min": 0.1}, {}),
+    ("EulerDiscrete", 3, {}, {"timesteps": [999, 400, 30]}),
+    ("EulerDiscrete", 3, {}, {"sigmas": [12.0, 3.0, 0.2, 0.0]}),
+    ("EulerDiscrete", 1, {"num_train_timesteps": 1100}, {}),
+    ("EulerAncestralDiscrete", 10, {"beta_schedule": "scaled_linear"}, {}),
+    (
+        "EulerAncestralDiscrete",
+        5,
+        {"prediction_type": "v_prediction", "timestep_spacing": "leading", "steps_offset": 1},
+        {},
+    ),
+    ("DPMSolverMultistep", 10, {}, {}),
+    ("DPMSolverMultistep", 25, {"use_karras_sigmas": True, "solver_order": 3}, {}),
+    (
+        "DPMSolverMultistep",
+        5,
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "euler_at_final": True},
+        {},
+    ),
+    ("DPMSolverMultistep", 20, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun"}, {}),
+    ("DPMSolverMultistep", 5, {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "solver_order": 2}, {}),
+    (
+        "DPMSolverMultistep",
+        5,
+        {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min", "prediction_type": "sample"},
+        {},
+    ),
+    (
+        "DPMSolverMultistep",
+        10,
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3},
+        {},
+    ),
+    (
+        "DPMSolverMultistep",
+        5,
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_type": "heun", "thresholding": True},
+        {},
+    ),
+    ("DPMSolverMultistep", 5, {"use_lu_lambdas": True, "solver_type": "heun", "lower_order_final": False}, {}),
+    ("DPMSolverMultistep", 5, {"use_exponential_sigmas": True, "prediction_type": "v_prediction"}, {}),
+    ("DPMSolverMultistep", 5, {"use_beta_sigmas": True, "thresholding": True, "sample_max_value": 1.5}, {}),
+    ("DPMSolverMultistep", 5, {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}, {}),
+    (
+        "DPMSolverMultistep",
+        5,
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True},
+        {"mu": 0.7},
+    ),
+    ("DPMSolverMultistep", 5, {"lambda_min_clipped": -3.0, "beta_schedule": "squaredcos_cap_v2"}, {}),
+    ("DPMSolverMultistep", 5, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "solver_order": 1}, {}),
+    ("DPMSolverMultistep", 5, {"timestep_spacing": "leading", "steps_offset": 1, "variance_type": "learned_range"}, {}),
+    ("DPMSolverMultistep", 3, {}, {"timesteps": [999, 500, 100]}),
+    ("FlowMatchEulerDiscrete", 10, {"shift": 3.0}, {}),
+    ("FlowMatchEulerDiscrete", 5, {"use_dynamic_shifting": True}, {"mu": 0.9}),
+    ("FlowMatchEulerDiscrete", 5, {"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"mu": 1.5}),
+    ("FlowMatchEulerDiscrete", 5, {"shift_terminal": 0.1}, {}),
+    ("FlowMatchEulerDiscrete", 5, {"invert_sigmas": True, "shift": 2.0}, {}),
+    ("FlowMatchEulerDiscrete", 5, {"stochastic_sampling": True}, {}),
+    ("FlowMatchEulerDiscrete", 5, {"use_karras_sigmas": True}, {}),
+    ("FlowMatchEulerDiscrete", 5, {"use_exponential_sigmas": True, "num_train_timesteps": 500}, {}),
+    ("FlowMatchEulerDiscrete", 5, {"use_beta_sigmas": True}, {}),
+    ("FlowMatchEulerDiscrete", 3, {"shift": 3.0}, {"sigmas": [1.0, 0.6, 0.2]}),
+    ("HeunDiscrete", 5, {"use_karras_sigmas": True}, {}),
+    ("HeunDiscrete", 5, {"clip_sample": True, "clip_sample_range": 2.0, "prediction_type": "sample"}, {}),
+    ("HeunDiscrete", 10, {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}, {}),
+    ("HeunDiscrete", 1, {"timestep_spacing": "leading", "steps_offset": 1}, {}),
+    ("UniPCMultistep", 10, {}, {}),
+    ("UniPCMultistep", 10, {"solver_order": 3, "final_sigmas_type": "sigma_min", "lower_order_final": False}, {}),
+    ("UniPCMultistep", 5, {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}, {}),
+    (
+        "UniPCMultistep",
+        5,
+        {"predict_x0": False, "final_sigmas_type": "sigma_min", "prediction_type": "v_prediction"},
+        {},
+    ),
+    ("UniPCMultistep", 5, {"disable_corrector": [0, 1], "use_karras_sigmas": True, "sigma_min": 0.05}, {}),
+    ("UniPCMultistep", 5, {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}, {}),
+    (
+        "UniPCMultistep",
+        5,
+        {
+            "use_flow_sigmas": True,
+            "prediction_type": "flow_prediction",
+            "use_karras_sigmas": True,
+            "thresholding": True,
+        },
+        {},
+    ),
+    (
+        "UniPCMultistep",
+        5,
+        {
+            "use_flow_sigmas": True,
+            "prediction_type": "flow_prediction",
+            "use_dynamic_shifting": True,
+            "shift_terminal": 0.1,
+        },
+        {"mu": 0.7},
+    ),
+    ("UniPCMultistep", 5, {"use_exponential_sigmas": True, "sigma_max": 20.0, "prediction_type": "sample"}, {}),
+    ("PNDM", 10, {}, {}),
+    ("PNDM", 10, {"skip_prk_steps": True, "beta_schedule": "scaled_linear", "steps_offset": 1}, {}),
+    ("PNDM", 5, {"skip_prk_steps": True, "prediction_type": "v_prediction", "set_alpha_to_one": True}, {}),
+    ("PNDM", 7, {"prediction_type": "v_prediction", "timestep_spacing": "linspace"}, {}),
+    ("PNDM", 1, {"skip_prk_steps": True, "timestep_spacing": "trailing"}, {}),
+    ("LMSDiscrete", 10, {}, {}),
+    ("LMSDiscrete", 5, {"use_karras_sigmas": True, "prediction_type": "v_prediction"}, {"order": 2}),
+    ("DPMSolverSinglestep", 10, {}, {}),
+    ("DPMSolverSinglestep", 9, {"solver_order": 3, "final_sigmas_type": "sigma_min"}, {}),
+    ("DPMSolverSinglestep", 7, {"solver_order": 3, "solver_type": "heun", "use_karras_sigmas": True}, {}),
+    (
+        "DPMSolverSinglestep",
+        6,
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_type": "heun"},
+        {},
+    ),
+    ("DPMSolverSinglestep", 8, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "lower_order_final": True}, {}),
+    ("EDMEuler", 10, {}, {}),
+    ("EDMEuler", 5, {"sigma_schedule": "exponential", "prediction_type": "v_prediction"}, {"s_churn": 2.0}),
+    ("EDMEuler", 5, {"sigma_data": 1.0, "sigma_max": 20.0, "rho": 5.0, "final_sigmas_type": "sigma_min"}, {}),
+    ("EDMDPMSolverMultistep", 10, {}, {}),
+    ("EDMDPMSolverMultistep", 16, {"solver_order": 3, "sigma_schedule": "exponential"}, {}),
+    ("EDMDPMSolverMultistep", 5, {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, {}),
+    ("LCM", 4, {}, {}),
+    ("LCM", 1, {"clip_sample": True, "original_inference_steps": 100, "timestep_scaling": 5.0}, {}),
+    ("LCM", 3, {"thresholding": True, "prediction_type": "v_prediction"}, {"timesteps": [999, 499, 19]}),
+    ("TCD", 4, {}, {}),
+    ("TCD", 5, {"prediction_type": "v_prediction"}, {"eta": 0.0}),
+    ("TCD", 5, {"prediction_type": "sample"}, {"eta": 1.0}),
+    ("CMStochasticIterative", 2, {}, {}),
+    ("CMStochasticIterative", 3, {"s_noise": 0.9, "clip_denoised": False}, {"timesteps": [30, 20, 5]}),
+    ("FlowMatchHeunDiscrete", 5, {"shift": 3.0}, {}),
+    ("FlowMatchHeunDiscrete", 5, {}, {"s_churn": 1.0, "s_noise": 1.01}),
+    ("DEISMultistep", 10, {"solver_order": 3}, {}),
+    ("DEISMultistep", 5, {"use_karras_sigmas": True, "thresholding": True}, {}),
+    ("DEISMultistep", 5, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, {}),
+    ("KDPM2Discrete", 5, {}, {}),
+    ("KDPM2Discrete", 5, {"use_karras_sigmas": True, "prediction_type": "v_prediction"}, {}),
+    ("KDPM2AncestralDiscrete", 5, {}, {}),
+    ("KDPM2AncestralDiscrete", 5, {"use_exponential_sigmas": True, "prediction_type": "v_prediction"}, {}),
+    ("DPMSolverSDE", 5, {"use_karras_sigmas": True}, {"s_noise": 0.9}),
+    ("DPMSolverSDE", 5, {"prediction_type": "v_prediction", "timestep_spacing": "leading", "steps_offset": 1}, {}),
+    ("SASolver", 10, {}, {}),
+    ("SASolver", 5, {"predictor_order": 1, "corrector_order": 3, "use_karras_sigmas": True}, {}),
+    ("SASolver", 5, {"algorithm_type": "noise_prediction", "lower_order_final": False}, {}),
+    ("IPNDM", 10, {}, {}),
+    ("UnCLIP", 10, {}, {}),
+    ("UnCLIP", 5, {"variance_type": "learned_range", "prediction_type": "sample", "clip_sample_range": 2.0}, {}),
+]
+FIXED = [({"_class_name": f"{kind}Scheduler", **config}, n, options) for kind, n, config, options in _FIXED]
 
 
 def ends(kind: str, config: dict, count: int) -> list[int]:
@@ -55,7 +254,7 @@ def _record(module, log, rng):
 
     module.randn_tensor = draw
 
-    class Path:
+    class Brownian:
         def __init__(self, x, *args, **kwargs):
             self.shape = x.shape
 
@@ -63,7 +262,7 @@ def _record(module, log, rng):
             return draw(self.shape)
 
     if hasattr(module, "BrownianTreeNoiseSampler"):
-        module.BrownianTreeNoiseSampler = Path
+        module.BrownianTreeNoiseSampler = Brownian
 
 
 def run(config: dict, n: int, options: dict, *, jitter: int | None = None) -> dict:
@@ -109,9 +308,9 @@ def run(config: dict, n: int, options: dict, *, jitter: int | None = None) -> di
     last = ends(kind, config, len(states))
     out["states"] = np.stack([states[i] for i in last]).astype(np.float32)
     bounds = [0, *(counts[i] for i in last)]
-    width = max(b - a for a, b in zip(bounds, bounds[1:]))
+    width = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
     noise = np.zeros((len(last), width, *SHAPE), np.float32)
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:])):
+    for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         for j in range(a, b):
             noise[i, j - a] = log[j]
     out["noise"] = noise
