@@ -33,16 +33,17 @@ def recommend(
     Exponential Adams of order 4 (3 below 7 calls) that takes out a Gaussian's flow, with the free corrector, on Karras
     knots. With `stats` the first step, from the schedule's noisiest level to 6, 10, 20 or 40 times the data's std
     (below 7, 10, 15 calls, and above), is the closed-form flow of that Gaussian and costs no call; the grid then has
-    `nfe + 1` steps. Without, the std is taken as 0.5 (data in [-1, 1]), the mean as 0, and the first step is one call.
-    docs/benchmark.md has the evidence, beside the samplers of diffusers and k-diffusion on the same denoisers.
+    `nfe + 1` steps. Without, the std is taken as 0.5 (data in [-1, 1]), the mean as 0, and the first step is one call,
+    to 4, 6, 20 or 40 times the std (below 7, 12, 25 calls, and above). docs/benchmark.md has the evidence, beside the
+    samplers of diffusers and k-diffusion on the same denoisers.
 
     Args:
       schedule: any; the grid starts at its `t_max`, so the state is `prior(key, shape, levels)` or pure noise.
       nfe: network calls.
-      stats: mean and covariance of the data, `Gaussian.fit(data)`; a scalar variance gives most of the gain. Under
-        guidance they must be those of the guided class.
-      guidance: scale of classifier-free guidance, or None. Guided flows are stiffer: above scale 2 the order is 3, and
-        below 20 calls 2.
+      stats: mean and covariance of the data, `Gaussian.fit(data)`; a scalar variance gives most of the gain.
+      guidance: scale of classifier-free guidance, or None. Above 1 the order is 3 and the calls begin at 20 times the
+        std: order 4 diverged below 20 calls at scale 3, and the flow of the guided data far out is not that of their
+        Gaussian, so of `stats` only the std is used. Wrap the solver in `jump` to have it nevertheless.
 
     Returns:
       `(solver, levels)` with `solver.nfe(len(levels.t) - 1) == nfe`.
@@ -53,15 +54,20 @@ def recommend(
     if nfe < 1 or nfe != int(nfe):
         raise ValueError(f"nfe: expected a whole number of network calls >= 1, got {nfe}")
     std = _STD if stats is None else _std(stats)
-    order = 3 if nfe < 7 else 4
+    guided = guidance is not None and guidance > 1
+    if guided:
+        stats, order, starts = None, 3, {np.inf: 20}
+    elif stats is None:
+        order, starts = 3 if nfe < 7 else 4, {7: 4, 12: 6, 25: 20, np.inf: 40}
+    else:
+        order, starts = 3 if nfe < 7 else 4, {7: 6, 10: 10, 15: 20, np.inf: 40}
     solver = adams(order, stats=stats, sigma_data=std, scale=_SCALE * std)
     lo, hi = s_range(schedule)
-    start = std * (6 if nfe < 7 else 10 if nfe < 10 else 20 if nfe < 15 else 40)
-    # The first interval is free with statistics and costs a call without.
-    knots = nfe if stats is not None else nfe - 1
+    start = std * next(multiple for budget, multiple in starts.items() if nfe < budget)
+    knots = int(nfe) if stats is not None else int(nfe) - 1
     if start >= hi or knots < 1:
-        return solver, karras(schedule, nfe)
-    body = karras(schedule, knots, s_min=max(lo, min(_S_MIN * std, start / 2)), s_max=start)
+        return solver, karras(schedule, int(nfe))
+    body = karras(schedule, knots, s_min=max(lo, _S_MIN * std), s_max=start)
     first = schedule(np.asarray(schedule.t_max, np.float64))
     levels = Level(*(np.append(a, b) for a, b in zip(first, body, strict=True)))
     return (solver if stats is None else jump(solver, stats)), levels
