@@ -85,6 +85,8 @@ def train_sigmas(bar: np.ndarray) -> np.ndarray:
 def spaced(c: SimpleNamespace, n: int, *, whole: bool) -> np.ndarray:
     """The n time steps of `timestep_spacing`, noise first; `whole` rounds those of linspace."""
     total = c.num_train_timesteps
+    if n > total:
+        raise ValueError(f"n={n} is more than num_train_timesteps={total}")
     if c.timestep_spacing == "linspace":
         steps = np.linspace(0, total - 1, n)
         steps = (steps.round() if whole else steps.astype(F))[::-1]
@@ -97,6 +99,8 @@ def spaced(c: SimpleNamespace, n: int, *, whole: bool) -> np.ndarray:
 
 def spaced_between(c: SimpleNamespace, n: int, last: int) -> np.ndarray:
     """The n time steps of the multistep schedulers, which leave out the end: n + 1 points below `last`, all but one."""
+    if n >= last:
+        raise ValueError(f"n={n} is more than the {last - 1} time steps that the table offers")
     if c.timestep_spacing == "linspace":
         steps = np.linspace(0, last - 1, n + 1).round()[::-1][:-1]
     elif c.timestep_spacing == "leading":
@@ -167,7 +171,7 @@ def respace(how: str, first: float, last: float, n: int, rho: float = 7.0) -> np
         return np.exp(np.linspace(math.log(first), math.log(last), n))
     if how == "lu":
         return np.exp(first + np.linspace(0, 1, n) * (last - first))
-    from scipy.special import betaincinv  # as far as it is known, the one quantile function that jax lacks
+    from scipy.special import betaincinv  # jax has no quantiles of the beta distribution
 
     return last + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, n)) * (first - last)
 

@@ -70,7 +70,7 @@ def _karras_velocity(out, x, a, s):
     # The network's v is that of the variance-preserving sample x / sqrt(1 + sigma^2).
     norm = a**2 + s**2
     q = jnp.sqrt(norm)
-    return (a * x / norm - s * out / q), (s * x / norm + a * out / q)
+    return out * (-s / q) + a * x / norm, s * x / norm + a * out / q
 
 
 def _flow(out, x, a, s):

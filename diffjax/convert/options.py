@@ -308,15 +308,20 @@ def _check(kind: str, name: str, value, default) -> None:
     elif isinstance(default, bool):
         fine, allowed = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
-        fine, allowed = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a whole number >= 0"
+        least = 0 if name == "steps_offset" else 1
+        fine, allowed = isinstance(value, int) and not isinstance(value, bool), f"a whole number >= {least}"
+        fine = fine and value >= least
     elif isinstance(default, float):
         fine, allowed = _numeric(value), "a number"
     elif name in ("sigma_min", "sigma_max", "shift_terminal"):
         fine, allowed = value is None or _numeric(value), "a number or null"
     elif name == "tau_func":
         fine, allowed = value is None or callable(value), "null or a function of the time step"
+    elif name == "noise_sampler_seed":
+        fine, allowed = True, "anything"
     else:
-        fine, allowed = value is None or isinstance(value, (list, tuple, int)), "null or a list of numbers"
+        listed = isinstance(value, (list, tuple)) or getattr(value, "ndim", None) == 1
+        fine, allowed = listed or (value is None and default is None), "a list of numbers"
     if not fine:
         raise ValueError(f"{kind}: {name}={value!r} is not supported; expected {allowed}")
 

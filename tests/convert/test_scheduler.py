@@ -220,6 +220,9 @@ def test_files_of_widely_used_checkpoints_are_read():
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, 5, {}, "mu="),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, 5, {}, "sigma_min"),
         ({"_class_name": "DDPMScheduler"}, 3, {"timesteps": [10, 20, 5]}, "decreasing"),
+        ({"_class_name": "DDPMScheduler", "trained_betas": 5}, 3, {}, "trained_betas=5.*a list"),
+        ({"_class_name": "DDPMScheduler", "num_train_timesteps": 10}, 11, {}, "more than num_train_timesteps"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large_log"}, 3, {}, "fixed_large_log"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config, n, options, message):
