@@ -84,9 +84,7 @@ def evaluate(
     clock = [("start", time.perf_counter())]
     lap = lambda name: clock.append((name, time.perf_counter()))
     run = load_run(os.fspath(workdir), ema=ema, step=step)
-    settings = settings_for(
-        run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
-    )
+    settings = settings_for(run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval)
     num = run.config.eval.num_samples if num_samples is None else num_samples
     repeats = run.config.eval.seeds if seeds is None else seeds
     batch = run.config.eval.batch_size if batch_size is None else batch_size
@@ -127,7 +125,9 @@ def scored(run, judge: Judge, settings: Settings, drawn: list[Samples]) -> dict:
         "each_seed": scores,
         "floor": {"metric": judge.headline, "mean": judge.floor[0], "std": judge.floor[1]},
         "notes": [
-            *judge.notes, *notes_on_size(len(drawn[0].labels), len(judge.protocol.heldout)), *notes_on_guidance(run)
+            *judge.notes,
+            *notes_on_size(len(drawn[0].labels), len(judge.protocol.heldout)),
+            *notes_on_guidance(run),
         ],
     }
 
@@ -136,8 +136,10 @@ def notes_on_size(num: int, heldout: int) -> list[str]:
     """A warning where the number of samples makes distances incomparable with the floor's."""
     if abs(num - heldout) <= 0.02 * heldout:
         return []
-    return [f"{num} samples against {heldout} held-out images: Frechet distances and C2ST depend on both numbers, so "
-            f"compare with other rows only at {heldout} samples"]
+    return [
+        f"{num} samples against {heldout} held-out images: Frechet distances and C2ST depend on both numbers, so "
+        f"compare with other rows only at {heldout} samples"
+    ]
 
 
 def notes_on_guidance(run) -> list[str]:
@@ -167,7 +169,9 @@ def sampling_program(run, batch_size: int) -> Callable:
 
     def draw(settings: Settings, seeds, labels, title: str) -> Samples:
         # The longest of the sweep; a longer grid gets a length, and so a program, of its own.
-        length = max(settings.steps, *(steps_for(settings.solver, nfe) for nfe in SWEEP.get(settings.solver, (1,))))
+        length = max(
+            settings.steps, *(steps_for(settings.solver, nfe, run.schedule) for nfe in SWEEP.get(settings.solver, (1,)))
+        )
         key = (settings.solver, length, settings.guidance != 1, settings.interval)
         if key not in compiled:
             compiled[key] = compile_program(run, settings)
@@ -178,11 +182,11 @@ def sampling_program(run, batch_size: int) -> Callable:
     return draw
 
 
-def steps_for(solver: str, nfe: int) -> int:
+def steps_for(solver: str, nfe: int, schedule) -> int:
     """The most steps of `solver` that take at most `nfe` network calls (at least one step)."""
     from diffjax.sampling import SOLVERS
 
-    calls = registry.build(solver, SOLVERS, "solver").nfe
+    calls = registry.build(solver, SOLVERS, "solver", schedule=schedule).nfe
     return max([n for n in range(1, nfe + 1) if calls(n) <= nfe], default=1)
 
 
@@ -192,20 +196,25 @@ def sweeps(run, judge: Judge, draw: Callable, settings: Settings, main: Samples,
     All of them use the seeds and labels of `main`.
     """
     plain = settings._replace(guidance=1.0)
-    points = [(name, steps_for(name, nfe)) for name, all_nfe in SWEEP.items() for nfe in all_nfe]
+    points = [(name, steps_for(name, nfe, run.schedule)) for name, all_nfe in SWEEP.items() for nfe in all_nfe]
     known = {} if settings != plain else {(settings.solver, settings.steps): main}
     rows = []
     for name, n in tqdm(points, desc="solvers", unit="setting", leave=False, disable=None):
         if (name, n) not in known:
             known[name, n] = draw(plain._replace(solver=name, steps=n), main.seeds, main.labels, "")
         samples = known[name, n]
-        rows.append({"solver": name, "steps": n, "nfe": samples.cost.evaluations, "seconds": samples.seconds}
-                    | judges.brief(judge, samples.images, main.labels))
+        rows.append(
+            {"solver": name, "steps": n, "nfe": samples.cost.evaluations, "seconds": samples.seconds}
+            | judges.brief(judge, samples.images, main.labels)
+        )
     found = {"nfe": rows, "few_step_ratio": few_step_ratio(rows, judge.headline)}
     curves = {name: [(row["nfe"], row[judge.headline]) for row in rows if row["solver"] == name] for name in SWEEP}
     lines = {name: row[judge.headline] for name, row in known_rows.items() if name in DRAWN}
     figure = viz.quality_curves(
-        curves, floor=judge.floor, lines=lines, ylabel=f"{judge.heading} (low is good)",
+        curves,
+        floor=judge.floor,
+        lines=lines,
+        ylabel=f"{judge.heading} (low is good)",
         title="Sample quality against network evaluations, without guidance",
     )
     viz.save(figure, folder / "nfe.png")
@@ -240,7 +249,10 @@ def sweep_guidance(run, judge, draw, settings, main, known, folder) -> list[dict
     lo, hi = settings.interval
     where = "at every level" if (lo, hi) == (0, math.inf) else f"on sigma / alpha in ({lo:g}, {hi:g}]"
     reports.draw_guidance(
-        folder, panels, num_classes=run.dataset.num_classes, max_value=largest_pixel(run.dataset),
+        folder,
+        panels,
+        num_classes=run.dataset.num_classes,
+        max_value=largest_pixel(run.dataset),
         note=f"DPM++ 2M, {GUIDANCE_STEPS} steps, guidance {where}; numbers are over {len(main.labels)} samples.",
     )
     return rows
@@ -264,8 +276,10 @@ def save_samples(folder: Path, drawn: list[Samples], run) -> None:
     _, args, kwargs = registry.parse(run.config.data)
     split = kwargs.get("split_seed", args[0] if args and isinstance(args[0], int) else 0)
     np.savez_compressed(
-        folder / "samples.npz", images=np.concatenate([s.images for s in drawn]),
-        labels=np.concatenate([s.labels for s in drawn]), seeds=np.concatenate([s.seeds for s in drawn]),
+        folder / "samples.npz",
+        images=np.concatenate([s.images for s in drawn]),
+        labels=np.concatenate([s.labels for s in drawn]),
+        seeds=np.concatenate([s.seeds for s in drawn]),
         split_seed=split,
     )
 
@@ -293,17 +307,24 @@ def facts(run, settings: Settings, drawn: list[Samples], *, ema, seed: int) -> d
     text = json.dumps(run.config.to_dict(), sort_keys=True, default=str)
     packages = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn")
     return {
-        "data": run.config.data, "step": int(run.step), "ema": ema or (run.config.ema[0] if run.config.ema else "raw"),
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(), "num_samples": len(drawn[0].labels),
-        "seeds": [seed + r for r in range(len(drawn))], "settings": settings._asdict(), "cost": drawn[0].cost._asdict(),
+        "data": run.config.data,
+        "step": int(run.step),
+        "ema": ema or (run.config.ema[0] if run.config.ema else "raw"),
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "num_samples": len(drawn[0].labels),
+        "seeds": [seed + r for r in range(len(drawn))],
+        "settings": settings._asdict(),
+        "cost": drawn[0].cost._asdict(),
         "sampling_seconds": [round(samples.seconds, 3) for samples in drawn],
         "versions": {"diffjax": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}},
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "cpus": os.cpu_count(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cpus": os.cpu_count(),
     }
 
 
 def write_json(path: Path, report: dict) -> None:
     """Writes strict JSON in one move, so that a reader never sees half a report; infinities become strings."""
+
     def strict(value):
         if isinstance(value, Mapping):
             return {str(key): strict(item) for key, item in value.items()}

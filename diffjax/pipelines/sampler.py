@@ -174,7 +174,7 @@ def compile_sampler(run, settings: Settings, *, guided: bool | None = None, trac
       guided: whether to compile guidance; default `settings.guidance != 1`. A model without classes never has it.
       trace: as for `diffjax.sampling.sample`.
     """
-    solver = registry.build(settings.solver, SOLVERS, "solver")
+    solver = registry.build(settings.solver, SOLVERS, "solver", schedule=run.schedule)
     guided = settings.guidance != 1 if guided is None else guided
 
     def draw(params, keys, labels, levels, scale):
@@ -230,7 +230,7 @@ def compile_counter(run, settings: Settings, *, guided: bool | None = None) -> C
     """
     sizes: list[int] = []
     guided = settings.guidance != 1 if guided is None else guided
-    solver: Solver = registry.build(settings.solver, SOLVERS, "solver")
+    solver: Solver = registry.build(settings.solver, SOLVERS, "solver", schedule=run.schedule)
     labels = jnp.zeros(1, jnp.int32) if run.dataset.num_classes else None
 
     def counting(x, t, y):

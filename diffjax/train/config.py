@@ -310,7 +310,7 @@ def _check_sampling(config, schedule, head):
 
     sample = config.sample
     with _naming("config.sample.solver"):
-        registry.build(sample.solver, sampling.SOLVERS, "solver")
+        registry.build(sample.solver, sampling.SOLVERS, "solver", schedule=schedule)
     with _naming("config.sample.spacing"):
         levels = grid(sample.spacing, schedule, sample.steps)
     with _naming("config.sample"):

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 from ml_collections import ConfigDict
 
-from diffjax.core import EDM, X0
+from diffjax.core import EDM, VP, X0
 from diffjax.core.types import Model
 from diffjax.data import arrays, digits
 from diffjax.pipelines import evaluate as evaluation
@@ -176,7 +176,7 @@ def test_sample_refuses_classes_that_the_data_does_not_have(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize(("solver", "nfe", "steps"), [("heun()", 35, 18), ("heun()", 10, 5), ("ddim()", 10, 10)])
 def test_steps_for_a_budget_of_calls(solver, nfe, steps):
-    assert evaluation.steps_for(solver, nfe) == steps
+    assert evaluation.steps_for(solver, nfe, VP()) == steps
 
 
 def test_labels_come_in_the_shares_of_the_heldout_data():
