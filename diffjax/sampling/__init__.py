@@ -7,6 +7,7 @@ from diffjax.sampling.diagnose import Moments, gaussian_kl, gaussian_moments
 from diffjax.sampling.edit import inpaint, noised, repaint, repaint_levels, sdedit, start_from
 from diffjax.sampling.export import load_sampler, save_sampler
 from diffjax.sampling.fewstep import consistency, consistency_head, flow_map, lcm, mean_flow, shortcut, tcd
+from diffjax.sampling.fit import Steps, fit_steps, load_steps, save_steps
 from diffjax.sampling.inversion import ddim_inversion, decode, encode, inverse, slerp
 from diffjax.sampling.langevin import annealed_langevin, euler_maruyama, predictor_corrector
 from diffjax.sampling.likelihood import (
@@ -74,6 +75,7 @@ __all__ = [
     "SOLVERS",
     "Stats",
     "StepInfo",
+    "Steps",
     "adams",
     "adaptive",
     "ancestral",
@@ -103,6 +105,7 @@ __all__ = [
     "euler_ancestral",
     "euler_ancestral_rf",
     "euler_maruyama",
+    "fit_steps",
     "flow_map",
     "flow_time",
     "from_flow",
@@ -119,6 +122,7 @@ __all__ = [
     "lcm",
     "lms",
     "load_sampler",
+    "load_steps",
     "log_likelihood",
     "mean_flow",
     "midpoint",
@@ -137,6 +141,7 @@ __all__ = [
     "sa_solver",
     "sample",
     "save_sampler",
+    "save_steps",
     "sde_adams",
     "sde_dpm_2m",
     "sde_dpmpp",
