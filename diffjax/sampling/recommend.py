@@ -10,10 +10,13 @@ from diffjax.core.spacing import karras, s_range
 from diffjax.core.types import Level, Solver
 from diffjax.sampling.adams import adams, jump
 
-# Where the last call is made, and the scale below which the grid's basis is linear, in units of the data's std.
-_S_MIN, _SCALE = 0.02, 0.1
 # EDM's std of image data in [-1, 1] (Karras et al. 2022, arXiv:2206.00364, Table 1), when nothing is known of the data.
 _STD = 0.5
+# Where the knots begin, as multiples of the data's std, for budgets below the key: without statistics, with one variance
+# (from 25 calls on the flow of one variance is too coarse a first step), and with a covariance.
+_PLAIN = {7: 4, 12: 6, 25: 20, np.inf: 40}
+_SCALAR = {7: 6, 10: 10, 15: 20, 25: 40}
+_COVARIANCE = {7: 6, 12: 10, 25: 18, np.inf: 40}
 
 
 def _std(stats: Gaussian) -> float:
@@ -31,11 +34,11 @@ def recommend(
     """The best known `(solver, levels)` for `nfe` network calls: use as `sample(solver, denoise, x, levels)`.
 
     Exponential Adams of order 4 (3 below 7 calls) that takes out a Gaussian's flow, with the free corrector, on Karras
-    knots. With `stats` the first step, from the schedule's noisiest level to 6, 10, 20 or 40 times the data's std
-    (below 7, 10, 15 calls, and above), is the closed-form flow of that Gaussian and costs no call; the grid then has
-    `nfe + 1` steps. Without, the std is taken as 0.5 (data in [-1, 1]), the mean as 0, and the first step is one call,
-    to 4, 6, 20 or 40 times the std (below 7, 12, 25 calls, and above). docs/benchmark.md has the evidence, beside the
-    samplers of diffusers and k-diffusion on the same denoisers.
+    knots. With `stats` the first step, from the schedule's noisiest level to 6 to 40 times the data's std, is the
+    closed-form flow of that Gaussian (`jump`) and costs no call; the grid then has `nfe + 1` steps. From 25 calls on
+    that takes a covariance: one variance is too coarse there, and the first step is a call. Without `stats` it is a
+    call as well, the std is taken as 0.5 (data in [-1, 1]) and the mean as 0. docs/benchmark.md has the evidence, beside
+    the samplers of diffusers and k-diffusion on the same denoisers.
 
     Args:
       schedule: any; the grid starts at its `t_max`, so the state is `prior(key, shape, levels)` or pure noise.
@@ -53,21 +56,23 @@ def recommend(
     """
     if nfe < 1 or nfe != int(nfe):
         raise ValueError(f"nfe: expected a whole number of network calls >= 1, got {nfe}")
-    std = _STD if stats is None else _std(stats)
-    guided = guidance is not None and guidance > 1
-    if guided:
+    nfe, std = int(nfe), _STD if stats is None else _std(stats)
+    if guidance is not None and guidance > 1:
         stats, order, starts = None, 3, {np.inf: 20}
-    elif stats is None:
-        order, starts = 3 if nfe < 7 else 4, {7: 4, 12: 6, 25: 20, np.inf: 40}
     else:
-        order, starts = 3 if nfe < 7 else 4, {7: 6, 10: 10, 15: 20, np.inf: 40}
-    solver = adams(order, stats=stats, sigma_data=std, scale=_SCALE * std)
+        order = 3 if nfe < 7 else 4
+        scalar = stats is not None and stats.basis is None and stats.spectrum.ndim == 0
+        starts = _PLAIN if stats is None else _SCALAR if scalar else _COVARIANCE
+    free = stats is not None and nfe < max(starts)
+    solver = adams(order, stats=stats, sigma_data=std, scale=0.06 * std)
     lo, hi = s_range(schedule)
-    start = std * next(multiple for budget, multiple in starts.items() if nfe < budget)
-    knots = int(nfe) if stats is not None else int(nfe) - 1
+    start = std * next((multiple for budget, multiple in starts.items() if nfe < budget), 40)
+    knots = nfe if free else nfe - 1
     if start >= hi or knots < 1:
-        return solver, karras(schedule, int(nfe))
-    body = karras(schedule, knots, s_min=max(lo, _S_MIN * std), s_max=start)
+        return solver, karras(schedule, nfe)
+    # Many calls can afford to look at finer structure.
+    fine, rho = (0.02, 7.0) if nfe < 15 else (0.006, 10.0)
+    body = karras(schedule, knots, rho, s_min=max(lo, fine * std), s_max=start)
     first = schedule(np.asarray(schedule.t_max, np.float64))
     levels = Level(*(np.append(a, b) for a, b in zip(first, body, strict=True)))
-    return (solver if stats is None else jump(solver, stats)), levels
+    return (jump(solver, stats) if free else solver), levels
