@@ -115,10 +115,10 @@ class Oracle:
 
 def methods(network: Network) -> dict:
     """`{name: nfe -> (solver, levels)}`: ours on the run's schedule and range."""
-    schedule = network.run.schedule
-    karras = lambda n: dj.karras(schedule, n, s_min=S_MIN, s_max=S_MAX)
+    schedule = dj.EDM(S_MIN, S_MAX)  # the run's schedule between these ends
+    karras = lambda n: dj.karras(schedule, n)
     out = {}
-    exponential = lambda n: dj.exponential(schedule, n, s_min=S_MIN, s_max=S_MAX)
+    exponential = lambda n: dj.exponential(schedule, n)
     fixed = [("ddim", karras), ("dpmpp_2m", karras), ("heun", karras), ("deis", exponential), ("unipc", exponential)]
     for name, grid in fixed:
         made = ours.solver(name, *([3] if name == "unipc" else []))
@@ -156,6 +156,7 @@ def main():
     parser.add_argument("--workdir", type=Path, default=HERE.parent / "runs" / "digits")
     parser.add_argument("--oracle", type=Path, default=HERE.parent / ".venv-oracle" / "bin" / "python")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "digits_nfe.json")
+    parser.add_argument("--methods", default="", help="only those with this in their name; other rows are kept")
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmark.md", help="gets the table")
     arguments = parser.parse_args()
     run = load_run(os.fspath(arguments.workdir))
@@ -166,7 +167,8 @@ def main():
     grid = dj.karras(run.schedule, REFERENCE_STEPS, s_min=S_MIN, s_max=S_MAX)
     exact = network.sample(ours.solver("heun", "alpha"), grid, unit, REFERENCE_STEPS)
     kept = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else {}
-    rows = {} if arguments.oracle.exists() else {name: kept[name] for name in PEERS if name in kept}
+    wanted = lambda name: arguments.methods in name and (name not in PEERS or arguments.oracle.exists())
+    rows = {name: row for name, row in kept.items() if not wanted(name)}
 
     def judged(name, nfe, x, calls):
         found = judges.brief(judge, np.asarray(run.dataset.to_pixels(x)), labels)
@@ -176,14 +178,14 @@ def main():
         print(name, nfe, *rows[name][nfe], flush=True)
 
     judged("exact flow", 2 * REFERENCE_STEPS - 1, exact, 2 * REFERENCE_STEPS - 1)
-    for name, plan in methods(network).items():
+    for name, plan in ((name, plan) for name, plan in methods(network).items() if wanted(name)):
         for nfe in BUDGETS:
             solver, levels = plan(nfe)
-            x = network.sample(solver, levels, unit, max(BUDGETS))
+            x = network.sample(solver, levels, unit, 1 + max(BUDGETS))
             judged(name, nfe, x, solver.nfe(len(levels.t) - 1))
     if arguments.oracle.exists():
         oracle = Oracle(arguments.oracle)
-        for name in PEERS:
+        for name in filter(wanted, PEERS):
             for nfe in BUDGETS:
                 judged(name, nfe, *oracle.sample(name, nfe, unit, network))
         oracle.close()
