@@ -112,7 +112,7 @@ def _points(c: SimpleNamespace, n: int, o: SimpleNamespace, *, last: str, single
         sigmas = shifted(steps, _flow_shift(c, o))[::-1][:-1]
         t = sigmas * c.num_train_timesteps
     else:
-        check_steps(t, n, len(bar))
+        check_steps(np.maximum(t, 0), len(t), len(bar))  # rounding gives "trailing" a step more, t = -1, for some n
         sigmas = np.interp(t, np.arange(len(table)), table)
     if last == "repeat" and (respacing(c) or c.use_flow_sigmas):
         final = sigmas[-1]
@@ -203,8 +203,9 @@ def _orders(c: SimpleNamespace, n: int) -> np.ndarray:
     return np.where((left == 1) & (short or zero or getattr(c, "euler_at_final", False)), 1, orders)
 
 
-def _dpm_multistep(c: SimpleNamespace, n: int, p: Points, head, third: tuple):
+def _dpm_multistep(c: SimpleNamespace, p: Points, head, third: tuple):
     algorithm, kind, half = _algorithm(c)
+    n = len(p.t)
     orders, lam = _orders(c, n), p.lam
     weights, xs, draws = np.zeros((n, c.solver_order)), np.zeros(n), np.zeros(n)
     for i, order in enumerate(orders):
@@ -225,7 +226,7 @@ def dpm_multistep(c: SimpleNamespace, n: int, o: SimpleNamespace):
     """DPM-Solver, DPM-Solver++ and their SDE forms, multistep (Lu et al. 2022, arXiv:2206.00927 and 2211.01095)."""
     p = _points(c, n, o, last=c.final_sigmas_type)
     third = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver")
-    return _dpm_multistep(c, n, p, lambda half: _head(c, half), third)
+    return _dpm_multistep(c, p, lambda half: _head(c, half), third)
 
 
 def edm_dpm(c: SimpleNamespace, n: int, o: SimpleNamespace):
@@ -274,6 +275,7 @@ def dpm_singlestep(c: SimpleNamespace, n: int, o: SimpleNamespace):
 def deis(c: SimpleNamespace, n: int, o: SimpleNamespace):
     """DEIS in log rho (Zhang and Chen 2023, arXiv:2204.13902), multistep."""
     p = _points(c, n, o, last="repeat")
+    n = len(p.t)
     alpha, sigma = p.halves
     rho, orders = sigma / alpha, _orders(c, n)
     weights, xs = np.zeros((n, c.solver_order)), alpha[1:] / alpha[:-1]
@@ -322,7 +324,7 @@ def _unipc_points(c: SimpleNamespace, n: int, o: SimpleNamespace) -> Points:
         t = sigmas * c.num_train_timesteps
     else:
         t = spaced_between(c, n, c.num_train_timesteps)
-        check_steps(t, n, len(bar))
+        check_steps(np.maximum(t, 0), len(t), len(bar))
         sigmas, repeat = np.interp(t, np.arange(len(table)), table), False
     final = 0 if c.final_sigmas_type == "zero" else (sigmas[-1] if repeat else table[0])
     return Points(t.astype(np.int64), np.append(sigmas, final).astype(F), c.use_flow_sigmas)
@@ -379,6 +381,7 @@ def unipc(c: SimpleNamespace, n: int, o: SimpleNamespace):
     if not c.predict_x0 and c.prediction_type == "flow_prediction":
         raise ValueError("prediction_type='flow_prediction' needs predict_x0=True")
     p, width = _unipc_points(c, n, o), c.solver_order
+    n = len(p.t)
     half = "x0" if c.predict_x0 else "eps"
     orders = np.minimum(np.arange(n) + 1, width)
     orders = np.minimum(orders, n - np.arange(n)) if c.lower_order_final else orders

@@ -42,6 +42,8 @@ def _respaced(c: SimpleNamespace, sigmas: np.ndarray, n: int) -> np.ndarray:
 def sigma_grid(c: SimpleNamespace, n: int, steps=None, *, rounded: bool = False, wide: bool = False):
     """Time steps [n], sigmas [n + 1] float32 with 0 at the end, the n sigmas in float64 and the table's logs.
 
+    Rounding gives the trailing spacing one step more for some n, with t = -1; so it does in diffusers.
+
     Args:
       c: options.
       n: steps.
@@ -55,8 +57,6 @@ def sigma_grid(c: SimpleNamespace, n: int, steps=None, *, rounded: bool = False,
     t = spaced(c, n, whole=False) if steps is None else given_steps(c, steps, n, F)
     if wide and c.timestep_spacing == "linspace" and steps is None:
         t = np.linspace(0, c.num_train_timesteps - 1, n)[::-1]
-    if len(t) != n:
-        raise ValueError(f"n={n}: this spacing gives {len(t)} time steps; use another n or timestep_spacing")
     sigmas = np.interp(t, np.arange(len(table)), table)
     if respacing(c):
         sigmas = _respaced(c, sigmas, n)
@@ -73,7 +73,7 @@ def _euler_rows(sigmas: np.ndarray, o: SimpleNamespace, count: int, kind: str, d
     """
     s, following = sigmas[:-1], sigmas[1:]
     if o.s_churn <= 0:
-        return {"x": np.ones_like(s), "eps": following - s}
+        return {"x": np.ones_like(s), "slope": following - s}
     inside = (s >= o.s_tmin) & (s <= o.s_tmax)
     gamma = np.where(inside, min(o.s_churn / count, 2**0.5 - 1), 0).astype(F)
     hat = s * (gamma + 1)
@@ -101,34 +101,38 @@ def euler(c: SimpleNamespace, n: int, o: SimpleNamespace):
     continuous = c.timestep_type == "continuous" and c.prediction_type == "v_prediction"
     if continuous and o.timesteps is not None:
         raise ValueError("EulerDiscreteScheduler: timesteps cannot be given with timestep_type='continuous' and v")
-    table, logs = _table(c)
-    count = n
-    if o.sigmas is not None:
-        sigmas = np.asarray(o.sigmas, F)
-        if sigmas.shape != (n + 1,):
-            raise ValueError(f"EulerDiscreteScheduler: sigmas: expected n + 1 = {n + 1} numbers, got {o.sigmas!r}")
-        t = sigma_to_t(sigmas[:-1], logs)
-    else:
-        t, sigmas, raw, _ = sigma_grid(c, n, o.timesteps)
-        last = 0 if c.final_sigmas_type == "zero" else table[0]
-        if c.interpolation_type == "log_linear":
-            # n + 1 sigmas that end at the table's first: the scheduler stops there, its own last one is not reached.
-            raw = np.exp(linspace32(logs[-1], logs[0], n + 1))
-            count = n if respacing(c) else n + 1
-            raw = _respaced(c, raw, n)
-            t = sigma_to_t(raw, logs) if respacing(c) else t
-        sigmas = np.append(raw, last).astype(F)[: n + 1]
-    t = 0.25 * np.log(sigmas[:-1]) if continuous else t.astype(F)
+    t, sigmas = _given_sigmas(c, n, o.sigmas) if o.sigmas is not None else _euler_grid(c, n, o.timesteps)
+    if continuous:  # one time step for each sigma: one step more than asked for with interpolation_type="log_linear"
+        t = 0.25 * np.log(sigmas[:-1])
+    count = len(sigmas) - 1
+    sigmas = sigmas[: len(t) + 1]
     rows = _euler_rows(sigmas, o, count, c.prediction_type, None)
-    return linear(rows, order=1), grid(t, np.ones(n + 1), sigmas), karras_network(c)
+    return linear(rows, order=1), grid(t.astype(F), np.ones_like(sigmas), sigmas), karras_network(c)
+
+
+def _given_sigmas(c: SimpleNamespace, n: int, given):
+    sigmas = np.asarray(given, F)
+    if sigmas.shape != (n + 1,):
+        raise ValueError(f"EulerDiscreteScheduler: sigmas: expected n + 1 = {n + 1} numbers, got {given!r}")
+    return sigma_to_t(sigmas[:-1], _table(c)[1]), sigmas
+
+
+def _euler_grid(c: SimpleNamespace, n: int, steps):
+    """Time steps and sigmas. log_linear has n + 1 sigmas before the final one, so its n steps stop short of that."""
+    t, sigmas, raw, logs = sigma_grid(c, n, steps)
+    if c.interpolation_type == "log_linear":
+        raw = _respaced(c, np.exp(linspace32(logs[-1], logs[0], n + 1)), n)
+        t = sigma_to_t(raw, logs) if respacing(c) else t
+    last = 0 if c.final_sigmas_type == "zero" else _table(c)[0][0]
+    return t, np.append(raw, last).astype(F)
 
 
 def euler_ancestral(c: SimpleNamespace, n: int, o: SimpleNamespace):
     """Euler steps to `sigma_down` and noise `sigma_up` (ancestral sampling of k-diffusion)."""
     t, sigmas, _, _ = sigma_grid(c, n)
     down, up = _ancestral(sigmas[:-1], sigmas[1:])
-    rows = {"x": np.ones(n), "eps": down - sigmas[:-1], "draw": up}
-    return linear(rows, order=1), grid(t, np.ones(n + 1), sigmas), karras_network(c)
+    rows = {"x": np.ones(len(t)), "slope": down - sigmas[:-1], "draw": up}
+    return linear(rows, order=1), grid(t, np.ones_like(sigmas), sigmas), karras_network(c)
 
 
 def _ancestral(s: np.ndarray, following: np.ndarray):
@@ -139,6 +143,7 @@ def _ancestral(s: np.ndarray, following: np.ndarray):
 def heun(c: SimpleNamespace, n: int, o: SimpleNamespace):
     """Heun's method for `x0 + sigma eps` (Karras et al. 2022, arXiv:2206.00364, Algorithm 1)."""
     t, sigmas, _, _ = sigma_grid(c, n, o.timesteps)
+    n = len(t)
     move = np.diff(sigmas)
     single = np.arange(n) == n - 1
     inner = Level(*(np.append(a, a[-1:]) for a in (t[1:], np.ones(n - 1), sigmas[1:-1]))) if n > 1 else None
@@ -154,6 +159,7 @@ def lms(c: SimpleNamespace, n: int, o: SimpleNamespace):
     if o.order not in (1, 2, 3, 4):
         raise ValueError(f"LMSDiscreteScheduler: step option order={o.order}; expected 1, 2, 3 or 4")
     t, sigmas, _, _ = sigma_grid(c, n)
+    n = len(t)
     s = sigmas.astype(np.float64)
     weights = np.zeros((n, o.order))
     points, gauss = np.polynomial.legendre.leggauss(3)
@@ -189,6 +195,7 @@ def dpm2_ancestral(c: SimpleNamespace, n: int, o: SimpleNamespace):
 
 def _dpm2(c: SimpleNamespace, n: int, *, ancestral: bool):
     t, sigmas, _, logs = sigma_grid(c, n, rounded=True)
+    n = len(t)
     s, following = sigmas[:-1], sigmas[1:]
     end, up = _ancestral(s, following) if ancestral else (following, np.zeros_like(s))
     single = np.arange(n) == n - 1
@@ -212,6 +219,7 @@ def dpm_sde(c: SimpleNamespace, n: int, o: SimpleNamespace):
     (`noise_sampler_seed`) has no meaning here.
     """
     t, sigmas, raw, logs = sigma_grid(c, n, wide=True)
+    n = len(t)
     s, following = sigmas[:-1], sigmas[1:]
     single = following == 0
     log_s, log_end = np.log(s), np.log(np.where(single, s, following))

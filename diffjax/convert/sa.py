@@ -82,6 +82,7 @@ def sa_solver(c: SimpleNamespace, n: int, o: SimpleNamespace):
     if not x0 and (c.thresholding or c.prediction_type == "flow_prediction"):
         raise ValueError("thresholding and prediction_type='flow_prediction' need algorithm_type='data_prediction'")
     p = _points(c, n, o, last="repeat")
+    n = len(p.t)
     tau_of = c.tau_func or (lambda t: 1 if 200 <= t <= 800 else 0)
     memory = max(c.predictor_order, c.corrector_order - 1)
     index, left = np.arange(n), n - np.arange(n)

@@ -64,10 +64,12 @@ def _weighted(coef, *terms):
 
 
 def linear(rows: Rows, *, order: int, half: str = "x0", std: Callable | None = None) -> Solver:
-    """One call a step: `x' = x x + x0 x0 + eps eps + sum_j past_j m_(i - 1 - j) + draw noise`, m the `half`.
+    """One call a step: `x' = x x + x0 x0 + eps eps + slope (x - x0) / sigma + sum_j past_j m_(i - 1 - j) + draw noise`.
+
+    m is the `half`. The slope is eps but for its rounding, which from a large sigma is all that is left of x0.
 
     Args:
-      rows: any of `x`, `x0`, `eps`, `draw` [n] and `past` [n, k].
+      rows: any of `x`, `x0`, `eps`, `slope`, `draw` [n] and `past` [n, k].
       order: of convergence.
       half: which half of the predictions `past` weights.
       std: `(rows, prediction) -> standard deviation` of the noise in place of `draw`.
@@ -82,7 +84,8 @@ def linear(rows: Rows, *, order: int, half: str = "x0", std: Callable | None = N
         prediction = denoise(x, at.level)
         c = at.coef
         noise = (lambda: at.draw(0)) if std is None else None
-        out = _weighted(c, ("x", x), ("x0", prediction.x0), ("eps", prediction.eps))
+        slope = ("slope", lambda: (x - prediction.x0) / at.level.sigma)
+        out = _weighted(c, ("x", x), ("x0", prediction.x0), ("eps", prediction.eps), slope)
         out = out + sum(c["past"][j] * value for j, value in enumerate(memory))
         if noise is not None and "draw" in c:
             out = out + c["draw"] * noise()

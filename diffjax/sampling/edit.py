@@ -11,8 +11,8 @@ import numpy as np
 
 from diffjax.core.types import Array, Denoiser, Level, Solver, Step, expand, namespace
 from diffjax.sampling.loop import normal, sample
-from diffjax.sampling.solvers import divide, pairs
-from diffjax.sampling.stochastic import paired
+from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.stochastic import paired
 
 
 def start_from(levels: Level, strength: float) -> Level:

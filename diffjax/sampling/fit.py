@@ -1,24 +1,18 @@
 """Samplers of a few calls whose knots and coefficients are learned from the trajectories of a fine one.
 
 The form is that of exponential Adams with a corrector: the flow of a Gaussian (mean m, variance v) exactly, and for
-what it leaves, g, a linear multistep formula. With `q = sqrt(alpha^2 v + sigma^2)`, `s = sigma / alpha` and
-`phi = arctan(sqrt(v) / s)`,
+what it leaves, g, a linear multistep formula. With `q = sqrt(alpha^2 v + sigma^2)` and `s = sigma / alpha`,
 
-    g = (sigma (x0 - m) - alpha v eps) / q,        Y = (x - alpha m) / q,        dY = g dphi / sqrt(v).
+    g = (sigma (x0 - m) - alpha v eps) / q,        d((x - alpha m) / q) = -g ds / (v + s^2).
 
-A step adds `dphi / sqrt(v)` times a weighted sum of the last g. The weights start as the integrals of Lagrange
-polynomials in asinh(s / scale), move with the knots, and what is learned is added to them.
+A step adds the integral of its kernel `q' ds / (v + s^2)` times a weighted sum of the last g. The weights start as
+means of Lagrange polynomials in asinh(s / scale) and move with the knots; what is learned is added to them.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,78 +22,19 @@ import numpy as np
 from diffjax.core.oracle import Gaussian
 from diffjax.core.schedules import Schedule
 from diffjax.core.spacing import karras, s_range
-from diffjax.core.types import Array, Denoiser, Level, Solver, Step
-from diffjax.sampling.adams import adams
-from diffjax.sampling.adams import jump as jump_first
+from diffjax.core.types import Array, Denoiser, Level, Solver
 from diffjax.sampling.loop import prior, sample
 from diffjax.sampling.recommend import recommend
+from diffjax.sampling.solvers.adams import BASES, adams, weights
+from diffjax.sampling.steps import Steps, tabulated
 
-FORMAT, VERSION = "diffjax-steps", 1
 TEACHER_CALLS = 128
 # In units of the data's std: the noisiest knot that is tried, where the teacher's second and last calls are, where the
-# mean is read off, the basis' scale, and the least std of a direction (with less, phi is all but a step).
+# mean is read off, the basis' scale, and the least std of a direction.
 _FAR, _HIGH, _LOW, _MEAN_AT, _SCALE, _NARROW = 1000.0, 300.0, 0.01, 40.0, 0.1, 1e-3
 # Ends closer than this share of the std count as equal: the floor under the logarithm of the loss.
 _FLOOR = 1e-3
 _CHUNK = 20
-_GAUSS = (lambda x, w: ((x + 1) / 2, w / 2))(*np.polynomial.legendre.leggauss(16))
-
-
-@dataclass(frozen=True, eq=False)
-class Steps:
-    """A fitted sampler: `sample(steps.solver, denoise, x, steps.levels)`.
-
-    Attributes:
-      levels: the grid, fields [m + 1] float64; m is the number of calls, and one more with a `jump`.
-      table: the coefficients of every step, arrays [m, ...] float64.
-      stats: the Gaussian whose flow is taken out.
-      jump: whether the first step is that flow, in closed form and without a call.
-      before: median distance to the teacher's ends over their std, on starts held out, before the fit.
-      after: the same after it.
-    """
-
-    levels: Level
-    table: dict[str, np.ndarray]
-    stats: Gaussian
-    jump: bool
-    before: float = float("nan")
-    after: float = float("nan")
-
-    @cached_property
-    def solver(self) -> Solver:
-        """The solver for `levels`; the same object each time, so that jit compiles it once."""
-        made = _multistep(self.table, self.stats, self.levels)
-        return jump_first(made, self.stats) if self.jump else made
-
-    @property
-    def nfe(self) -> int:
-        """Network calls."""
-        return self.solver.nfe(len(self.levels.t) - 1)
-
-
-def _weights(phi, nodes, valid, root, scale, xp):
-    """The mean over each step of each node's Lagrange polynomial, [m, p, ...].
-
-    Args:
-      phi: where the steps begin and how long they are, [2, m, ...].
-      nodes: [p, m], s of the values that are interpolated.
-      valid: [p, m], which of them exist.
-      root: sqrt(v) in each direction, [...].
-      scale: of the basis.
-      xp: numpy or jax.numpy.
-    """
-    rank = np.ndim(root)
-    wide = lambda a: a.reshape(a.shape + (1,) * rank)
-    points, mass = (a.reshape((-1,) + (1,) * (1 + rank)) for a in _GAUSS)
-    b = xp.arcsinh(root / xp.tan(phi[0] + points * phi[1]) / scale)  # [16, m, ...]
-    at = xp.arcsinh(nodes / scale)
-    both = valid[:, None] & valid & ~np.eye(len(nodes), dtype=bool)[..., None]
-    gap = xp.where(both, at[:, None] - at, 1.0)
-    total = mass * wide(xp.where(valid, 1.0, 0.0))[:, None]  # [p, 16, m, ...]
-    for k in range(len(nodes)):
-        ratio = (b - wide(at[k])) / wide(gap[:, k])[:, None]
-        total = total * xp.where(wide(both[:, k])[:, None], ratio, 1.0)
-    return xp.moveaxis(total.sum(axis=1), 0, 1)
 
 
 def _table(levels: Level, s, spectrum, scale: float, learned: dict, xp) -> dict:
@@ -114,63 +49,31 @@ def _table(levels: Level, s, spectrum, scale: float, learned: dict, xp) -> dict:
       xp: numpy or jax.numpy.
     """
     wide = lambda a: a.reshape(a.shape + (1,) * np.ndim(spectrum))
-    root, m = np.sqrt(spectrum), len(s) - 1
+    m = len(s) - 1
     alpha, sigma = wide(levels.alpha), wide(levels.sigma)
     q = xp.sqrt(alpha**2 * spectrum + sigma**2)
-    phi = xp.arctan2(root * alpha, sigma)
-    steps = xp.stack([phi[:-1], phi[1:] - phi[:-1]])
+    basis = lambda s: BASES["asinh"](s, scale, xp)
 
-    def weights(name, ahead):
-        """Of the steps' own nodes and, for the corrector (ahead = 1), the node at their end."""
+    def combine(name, ahead):
+        """Of the last nodes of each step; for the corrector (ahead = 1) the first of them is the step's own end."""
         extra = learned[name][ahead:]
         node = np.arange(m - ahead) + ahead - np.arange(extra.shape[1])[:, None]
-        over = steps[:, : m - ahead]
-        lagrange = _weights(over, s[np.maximum(node, 0)], node >= 0, root, scale, xp)
-        total = lagrange + wide(extra * xp.asarray((node >= 0).T, extra.dtype))
-        return (q[1 : m - ahead + 1] * over[1] / root)[:, None] * total
+        start, end = levels.at(slice(0, m - ahead)), levels.at(slice(1, m - ahead + 1))
+        out = weights(start, end, s[np.maximum(node, 0)], node >= 0, spectrum, basis)
+        # Lagrange polynomials sum to one, so the sum over the nodes is the step itself.
+        return out + out.sum(axis=1, keepdims=True) * wide(extra * (node >= 0).T)
 
     none = xp.zeros((1, learned["correct"].shape[1], *np.shape(spectrum)))
     return {
         "x0": sigma[:-1] / q[:-1],
         "eps": -alpha[:-1] * spectrum / q[:-1],
         "x": q[1:] / q[:-1],
-        "predict": weights("predict", 0),
-        "correct": xp.concatenate([none, weights("correct", 1)]) if m > 1 else none,
+        "predict": combine("predict", 0),
+        "correct": xp.concatenate([none, combine("correct", 1)]) if m > 1 else none,
         "before": xp.concatenate([xp.ones_like(q[:1]), q[1:-1] / q[:-2]]),
         "alpha": xp.concatenate([levels.alpha[:1], levels.alpha[:-2]]),
         "first": xp.asarray(np.arange(m) == 0),
     }
-
-
-def _multistep(table: dict, stats: Gaussian, levels: Level | None = None) -> Solver:
-    """The solver whose coefficients are `table`, for the grid `levels` or that grid with its last level repeated."""
-    m = len(table["first"])
-    mean, operate = stats.mean, stats.operate
-
-    def init(x, given):
-        n = len(given.t) - 1
-        if n < m:
-            raise ValueError(f"levels: this solver was fitted for a grid of {m} steps (steps.levels), got {n}")
-        if levels is not None and isinstance(given.sigma, np.ndarray):
-            ours, theirs = (np.arctan2(a.sigma[1:], a.alpha[1:])[:m] for a in (levels, given))
-            if not np.allclose(ours, theirs, atol=1e-5):
-                raise ValueError("levels: the coefficients belong to steps.levels; sample on that grid, or fit anew")
-        longer = lambda a: jnp.concatenate([a, jnp.zeros((n - m, *a.shape[1:]), a.dtype)]) if n > m else a
-        history = jnp.zeros((table["correct"].shape[1] - 1, *x.shape), x.dtype)
-        return (x, history), {name: longer(row) for name, row in table.items()}
-
-    def step(denoise, x, memory, at: Step):
-        before, history = memory
-        prediction, row = denoise(x, at.level), at.coef
-        g = operate(row["x0"], prediction.x0 - mean) + operate(row["eps"], prediction.eps)
-        points = jnp.concatenate([g[None], history])
-        combine = lambda weights: sum(operate(weights[j], points[j]) for j in range(len(weights)))
-        again = at.level.alpha * mean + operate(row["before"], before - row["alpha"] * mean) + combine(row["correct"])
-        x = jnp.where(row["first"], x, again)
-        following = at.next.alpha * mean + operate(row["x"], x - at.level.alpha * mean) + combine(row["predict"])
-        return following, (x, points[:-1]), prediction
-
-    return Solver(init, step, order=1, nfe=lambda n: n)
 
 
 class _Plan(NamedTuple):
@@ -215,7 +118,7 @@ class _Plan(NamedTuple):
         levels, table = self.table(learned, jnp)
         if self.jump:
             x, levels = self.stats.flow(x, levels.at(0), levels.at(1)), levels.at(slice(1, None))
-        return sample(_multistep(table, self.stats), denoise, x, levels)
+        return sample(tabulated(table, self.stats), denoise, x, levels)
 
     def steps(self, learned: dict, before: float, after: float) -> Steps:
         """The result in float64."""
@@ -319,7 +222,7 @@ def _distance(x, ends, std):
 
 
 def _updater(plan: _Plan, call: Callable, coefficients: bool, rate: float, iterations: int) -> Callable:
-    """`(fit, data, batch of indices [k, b]) -> (fit, losses [k])`: k iterations as one program."""
+    """`(data, fit, indices [k, batch]) -> (fit, losses [k])`: k iterations as one program."""
     std = plan.std
 
     def loss(learned, x, ends, cond):
@@ -332,7 +235,43 @@ def _updater(plan: _Plan, call: Callable, coefficients: bool, rate: float, itera
             gradient = {name: g if name == "gaps" else jnp.zeros_like(g) for name, g in gradient.items()}
         return _adam(fit, gradient, rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(fit.index / iterations, 1)))), value
 
-    return jax.jit(lambda fit, data, index: jax.lax.scan(lambda fit, i: update(data, fit, i), fit, index))
+    return jax.jit(lambda data, fit, index: jax.lax.scan(lambda fit, i: update(data, fit, i), fit, index))
+
+
+def _judge(plan: _Plan, call: Callable, data) -> Callable:
+    """`learned -> (loss, median distance)` on starts that are not trained on."""
+
+    @jax.jit
+    def judge(learned):
+        x, ends, cond = data
+        distance = _distance(plan.run(learned, call(cond), x), ends, plan.std)
+        return jnp.mean(jnp.log(distance + _FLOOR**2)), jnp.sqrt(jnp.median(distance))
+
+    return judge
+
+
+def _descend(advance, judge, learned: dict, index, chunks: Iterable) -> tuple[dict, float, float]:
+    """The parameters that judge best among the chunks' ends, and the median distances before and after.
+
+    Raises:
+      FloatingPointError: if a loss is not finite.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, learned)
+    fit, best, (score, before) = _Fit(learned, zeros, zeros, jnp.zeros((), int)), learned, judge(learned)
+    after = before
+    for begin in chunks:
+        fit, losses = advance(fit, jnp.asarray(index[begin : begin + _CHUNK]))
+        fine = np.isfinite(np.asarray(losses))
+        if not fine.all():
+            at = int(np.argmin(fine))
+            raise FloatingPointError(
+                f"fit_steps: the loss is {losses[at]} at iteration {begin + at}; lower learning_rate, or look at the "
+                "gradient of the denoiser"
+            )
+        now, median = judge(fit.learned)
+        if now < score:
+            score, after, best = now, median, fit.learned
+    return best, float(before), float(after)
 
 
 def _check(nfe, x, iterations, learning_rate, held_out, batch, cond) -> None:
@@ -420,79 +359,11 @@ def fit_steps(
         "correct": jnp.zeros((nfe, order + 1), x.dtype),
     }
     kept = len(x) - max(int(held_out * len(x)), 1)
-    data = jax.tree.map(lambda a: jnp.asarray(a)[:kept], (x, ends, cond))
-    judge_on = jax.tree.map(lambda a: jnp.asarray(a)[kept:], (x, ends, cond))
-
-    @jax.jit
-    def judge(learned):
-        x, ends, cond = judge_on
-        distance = _distance(plan.run(learned, call(cond), x), ends, plan.std)
-        return jnp.mean(jnp.log(distance + _FLOOR**2)), jnp.sqrt(jnp.median(distance))
-
+    split = lambda part: jax.tree.map(lambda a: jnp.asarray(a)[part], (x, ends, cond))
+    judge = _judge(plan, call, split(slice(kept, None)))
     advance = _updater(plan, call, coefficients, learning_rate, iterations)
-    zeros = jax.tree.map(jnp.zeros_like, learned)
-    fit, best, (score, before) = _Fit(learned, zeros, zeros, jnp.zeros((), int)), learned, judge(learned)
-    after = before
     batch = min(batch or kept, kept)
-    for begin in progress(range(0, iterations, _CHUNK)):
-        index = (np.arange(begin, begin + _CHUNK)[:, None] * batch + np.arange(batch)) % kept
-        fit, losses = advance(fit, data, jnp.asarray(index))
-        losses = np.asarray(losses)
-        if not np.all(np.isfinite(losses)):
-            raise FloatingPointError(
-                f"fit_steps: the loss is {losses[~np.isfinite(losses)][0]} at iteration "
-                f"{begin + int(np.argmin(np.isfinite(losses)))}; lower learning_rate, or look at the "
-                "denoiser's gradient"
-            )
-        now, median = judge(fit.learned)
-        if now < score:
-            score, after, best = now, median, fit.learned
-    return plan.steps(best, float(before), float(after))
-
-
-def save_steps(path: str | os.PathLike, steps: Steps) -> None:
-    """Writes fitted steps to one file of a few kB (and the statistics) that `load_steps` reads; whole or not at all."""
-    meta = {"format": FORMAT, "version": VERSION, "jump": steps.jump, "before": steps.before, "after": steps.after}
-    arrays = {f"levels.{name}": field for name, field in steps.levels._asdict().items()}
-    arrays |= {f"table.{name}": row for name, row in steps.table.items()}
-    arrays |= {"stats.mean": steps.stats.mean, "stats.spectrum": steps.stats.spectrum}
-    if steps.stats.basis is not None:
-        arrays["stats.basis"] = steps.stats.basis
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, meta=np.asarray(json.dumps(meta)), **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_steps(path: str | os.PathLike) -> Steps:
-    """The `Steps` of a file of `save_steps`.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is truncated, damaged, of another kind or of a later format.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no steps at {path}; save_steps writes them")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        meta = json.loads(str(arrays.pop("meta", "null")))
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or not a file of save_steps ({error}); write it again") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{path} is a file of arrays, but not one of save_steps")
-    if meta["version"] > VERSION:
-        raise ValueError(f"{path} has format version {meta['version']}; this library reads up to {VERSION}")
-    part = lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    try:
-        stats = part("stats.")
-        cov = (stats["spectrum"], stats["basis"]) if "basis" in stats else stats["spectrum"]
-        levels, stats = Level(**part("levels.")), Gaussian(stats["mean"], cov)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: it lacks an array ({error}); write it again") from error
-    return Steps(levels, part("table."), stats, bool(meta["jump"]), meta["before"], meta["after"])
+    index = (np.arange(iterations + _CHUNK)[:, None] * batch + np.arange(batch)) % kept
+    chunks = progress(range(0, iterations, _CHUNK))
+    found = _descend(partial(advance, split(slice(None, kept))), judge, learned, index, chunks)
+    return plan.steps(*found)

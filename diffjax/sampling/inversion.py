@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from diffjax.core.types import Array, Denoiser, Level, Prediction, Solver, Step, expand
 from diffjax.sampling.loop import sample
-from diffjax.sampling.solvers import euler, pairs
+from diffjax.sampling.solvers.basic import euler, pairs
 
 
 def _swap(level: Level) -> Level:

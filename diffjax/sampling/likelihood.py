@@ -15,7 +15,7 @@ from diffjax.core.spacing import s_range
 from diffjax.core.types import Array, Denoiser, Level, expand, namespace
 from diffjax.sampling.adaptive import METHODS, check_method, flow_time, from_flow, integrate, probability_flow, rk_step
 from diffjax.sampling.loop import normal
-from diffjax.sampling.solvers import divide, pairs
+from diffjax.sampling.solvers.basic import divide, pairs
 
 DIVERGENCES = ("exact", "rademacher", "gaussian")
 _CHUNK = 64  # columns of the Jacobian computed at a time: a bound on memory, at the speed of one batched call

@@ -8,11 +8,11 @@ from diffjax.core.oracle import Gaussian
 from diffjax.core.schedules import Schedule
 from diffjax.core.spacing import karras, s_range
 from diffjax.core.types import Level, Solver
-from diffjax.sampling.adams import adams, jump
+from diffjax.sampling.solvers.adams import adams, jump
 
-# EDM's std of image data in [-1, 1] (Karras et al. 2022, arXiv:2206.00364, Table 1), when nothing is known of the data.
+# Of images in [-1, 1] (Karras et al. 2022, arXiv:2206.00364, Table 1), when nothing is known of the data.
 _STD = 0.5
-# Where the knots begin, as multiples of the data's std, for budgets below the key: without statistics, with one variance
+# Where the knots begin, as multiples of the std, for budgets below the key: without statistics, with one variance
 # (from 25 calls on the flow of one variance is too coarse a first step), and with a covariance.
 _PLAIN = {7: 4, 12: 6, 25: 20, np.inf: 40}
 _SCALAR = {7: 6, 10: 10, 15: 20, 25: 40}
@@ -37,8 +37,8 @@ def recommend(
     knots. With `stats` the first step, from the schedule's noisiest level to 6 to 40 times the data's std, is the
     closed-form flow of that Gaussian (`jump`) and costs no call; the grid then has `nfe + 1` steps. From 25 calls on
     that takes a covariance: one variance is too coarse there, and the first step is a call. Without `stats` it is a
-    call as well, the std is taken as 0.5 (data in [-1, 1]) and the mean as 0. docs/benchmark.md has the evidence, beside
-    the samplers of diffusers and k-diffusion on the same denoisers.
+    call as well, the std is taken as 0.5 (data in [-1, 1]) and the mean as 0. docs/benchmark.md has the evidence,
+    beside the samplers of diffusers and k-diffusion on the same denoisers.
 
     Args:
       schedule: any; the grid starts at its `t_max`, so the state is `prior(key, shape, levels)` or pure noise.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core.types import Array, Denoiser, Level, Prediction, Solver, Step, namespace
-from diffjax.sampling.solvers import pairs
+from diffjax.sampling.solvers.basic import pairs
 
 POTENTIALS = ("difference", "max", "sum")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import diffjax as dj
-from diffjax.sampling.adams import BASES
+from diffjax.sampling.solvers.adams import BASES
 
 PROCESSES = {"vp": dj.VP(), "cosine": dj.Cosine(), "edm": dj.EDM(), "flow": dj.Flow()}
 GAUSSIAN = dj.Gaussian(np.array([0.4, -0.3, 0.1]), np.diag([1.0, 0.1, 0.01]))

@@ -10,7 +10,7 @@ import pytest
 
 import diffjax as dj
 from diffjax.core.types import Level, Prediction
-from diffjax.sampling import stability
+from diffjax.sampling.solvers import stability
 
 PROCESSES = {"vp": dj.VP(), "cosine": dj.Cosine(), "edm": dj.EDM(), "flow": dj.Flow()}
 GAUSSIAN = dj.Gaussian(np.array([0.4, -0.3, 0.1]), np.diag([1.0, 0.1, 0.01]))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.core.types import Array, Level, Solver, Step, namespace
-from diffjax.sampling.solvers import divide, pairs
-from diffjax.sampling.stochastic import check_amount, check_known
+from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.stochastic import check_amount, check_known
 
 # w as a function of f = sigma / (alpha + sigma), the time of rectified flow.
 DIFFUSIONS = {

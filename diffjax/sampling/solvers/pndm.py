@@ -14,8 +14,8 @@ import numpy as np
 
 from diffjax.core.schedules import Schedule
 from diffjax.core.types import Array, Level, Prediction, Solver, Step, namespace
-from diffjax.sampling.multistep import history, one_of
-from diffjax.sampling.solvers import to_level
+from diffjax.sampling.solvers.basic import to_level
+from diffjax.sampling.solvers.multistep import history, one_of
 
 # Adams-Bashforth of orders 1 to 4 (Liu et al. 2022, arXiv:2202.09778, Eq. 12 and its lower orders).
 ADAMS = np.array([[24.0, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24

@@ -10,8 +10,8 @@ import numpy as np
 from diffjax.core.heads import FLOW
 from diffjax.core.schedules import Schedule, Table
 from diffjax.core.types import Array, Head, Level, Prediction, Solver, Step, expand, namespace
-from diffjax.sampling.solvers import pairs, to_level
-from diffjax.sampling.stochastic import check_amount
+from diffjax.sampling.solvers.basic import pairs, to_level
+from diffjax.sampling.solvers.stochastic import check_amount
 
 
 def consistency(s_min: float = 0.0, s_noise: float = 1.0) -> Solver:

@@ -20,7 +20,7 @@ import numpy as np
 
 from diffjax.core.oracle import Gaussian
 from diffjax.core.types import Array, Level, Prediction, Solver, Step, namespace
-from diffjax.sampling.solvers import divide, pairs
+from diffjax.sampling.solvers.basic import divide, pairs
 
 # Past this the prediction of x0 no longer changes in float32: the data's own std is lost in the noise. It stands for
 # s = inf as an interpolation node.

@@ -15,7 +15,7 @@ import numpy as np
 
 from diffjax.core.schedules import Schedule
 from diffjax.core.types import Array, Level, Prediction, Solver, Step, namespace
-from diffjax.sampling.solvers import divide, pairs
+from diffjax.sampling.solvers.basic import divide, pairs
 
 VARIANCES = ("beta_tilde", "beta", "learned", "learned_range")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffjax.core.schedules import Schedule
 from diffjax.core.types import Array, Level, Prediction, Solver, Step, namespace
-from diffjax.sampling.stability import warn_if_unstable
+from diffjax.sampling.solvers.stability import warn_if_unstable
 
 GAUGES = {
     "alpha": lambda level: level.alpha,

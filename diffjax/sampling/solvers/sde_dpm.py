@@ -15,8 +15,8 @@ import numpy as np
 
 from diffjax.core.schedules import Schedule
 from diffjax.core.types import Array, Level, Solver, Step, namespace
-from diffjax.sampling.solvers import divide, pairs
-from diffjax.sampling.stochastic import check_amount, check_known, first_order, shrink
+from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.stochastic import check_amount, check_known, first_order, shrink
 
 SOLVER_TYPES = ("midpoint", "heun")
 CURVATURES = ("published", "exact", "diffusers")

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core.types import Array, Level, Solver, Step, namespace
-from diffjax.sampling.solvers import divide, pairs
-from diffjax.sampling.stochastic import check_amount, check_known, shrink
+from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.stochastic import check_amount, check_known, shrink
 
 # c is the scale below which b is no longer logarithmic; all but "log" are finite at s = 0.
 BASES = {
@@ -192,7 +192,7 @@ def sde_adams(
     step keeps its order. A step more than four times as long in b as the one before is first order.
 
     The defaults are for data of standard deviation near 1 or below, on `asinh(schedule, n, 0.02, s_max=4.0)`: the full
-    noise makes the sampler forget its start, so s_max may be small, and the steps shorten smoothly all the way to s = 0.
+    noise makes the sampler forget its start, so s_max may be small, and the steps shorten smoothly down to s = 0.
 
     Args:
       order: predictions used by the predictor, and with its end by the corrector: 1 to 4.

@@ -5,8 +5,17 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from diffjax.core.types import Array, Level, Solver, Step, namespace
-from diffjax.sampling.multistep import PREDICT, half_logsnr, history, interpolate, moments, one_of, remember, select
-from diffjax.sampling.solvers import divide, pairs
+from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.multistep import (
+    PREDICT,
+    half_logsnr,
+    history,
+    interpolate,
+    moments,
+    one_of,
+    remember,
+    select,
+)
 
 
 def dpm_solver(
