@@ -169,16 +169,16 @@ def _moments(denoise: Denoiser, schedule: Schedule, x: Array, ends: Array) -> Ga
     The mean of a few ends is off by their std over sqrt(N). At s >> std the prediction is the mean and a small linear
     part, which is known and subtracted.
     """
-    crude = jnp.mean(ends, axis=0)
-    variance = float(jnp.mean((ends - crude) ** 2)) * len(ends) / (len(ends) - 1)
+    ends = np.asarray(ends, np.float64)
+    crude = ends.mean(axis=0)
+    variance = float(np.mean((ends - crude) ** 2)) * len(ends) / (len(ends) - 1)
     first = schedule(np.asarray(schedule.t_max, np.float64))
     level = schedule.at_logsnr(-2 * np.log(np.minimum(first.s, _MEAN_AT * np.sqrt(variance))))
-    q2 = level.alpha**2 * variance + level.sigma**2
-    y = level.alpha * crude + np.sqrt(q2 / (first.alpha**2 * variance + first.sigma**2)) * (x - first.alpha * crude)
-    slope = level.alpha * variance / q2
-    x0 = denoise(y, Level(*(jnp.asarray(field, y.dtype) for field in level))).x0
-    mean = jnp.mean(x0 - slope * y, axis=0) / (1 - slope * level.alpha)
-    return Gaussian(np.asarray(mean, np.float64), variance)
+    y = Gaussian(crude, variance).flow(x, first, level)
+    slope = level.alpha * variance / (level.alpha**2 * variance + level.sigma**2)
+    x0 = jax.jit(lambda y, *level: denoise(y, Level(*level)).x0)(y, *(jnp.asarray(field, y.dtype) for field in level))
+    mean = np.mean(np.asarray(x0) - slope * np.asarray(y), axis=0, dtype=np.float64) / (1 - slope * level.alpha)
+    return Gaussian(mean, variance)
 
 
 def _plan(schedule: Schedule, nfe: int, stats: Gaussian, jump: bool) -> tuple[_Plan, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core.oracle import Gaussian
-from diffjax.core.types import Level, Solver, Step
+from diffjax.core.types import Level, Solver, Step, namespace
 from diffjax.sampling.solvers.adams import jump as jump_first
 
 FORMAT, VERSION = "diffjax-steps", 1
@@ -64,9 +65,9 @@ def tabulated(table: dict, stats: Gaussian, levels: Level | None = None) -> Solv
             ours, theirs = (np.arctan2(a.sigma[1:], a.alpha[1:])[:m] for a in (levels, given))
             if not np.allclose(ours, theirs, atol=1e-5):
                 raise ValueError("levels: the coefficients belong to steps.levels; sample on that grid, or fit anew")
-        longer = lambda a: jnp.concatenate([a, jnp.zeros((n - m, *a.shape[1:]), a.dtype)]) if n > m else a
+        repeat = lambda a: namespace(a).concatenate([a, namespace(a).zeros((n - m, *a.shape[1:]), a.dtype)])
         history = jnp.zeros((table["correct"].shape[1] - 1, *x.shape), x.dtype)
-        return (x, history), {name: longer(row) for name, row in table.items()}
+        return (x, history), {name: repeat(row) for name, row in table.items()}
 
     def step(denoise, x, memory, at: Step):
         before, history = memory
@@ -111,7 +112,7 @@ def load_steps(path: str | os.PathLike) -> Steps:
     if not path.is_file():
         raise FileNotFoundError(f"no steps at {path}; save_steps writes them")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(str(arrays.pop("meta", "null")))
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, AttributeError) as error:
