@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from diffjax.core.oracle import Gaussian
@@ -12,11 +14,44 @@ from diffjax.sampling.solvers.adams import adams, jump
 
 # Of images in [-1, 1] (Karras et al. 2022, arXiv:2206.00364, Table 1), when nothing is known of the data.
 _STD = 0.5
-# Where the knots begin, as multiples of the std, for budgets below the key: without statistics, with one variance
-# (from 25 calls on the flow of one variance is too coarse a first step), and with a covariance.
-_PLAIN = {7: 4, 12: 6, 25: 20, np.inf: 40}
-_SCALAR = {7: 6, 10: 10, 15: 20, 25: 40}
-_COVARIANCE = {7: 6, 12: 10, 25: 18, np.inf: 40}
+
+
+class _Rule(NamedTuple):
+    """What is used below a budget: order of `adams`, its corrector, and the knots' ends in units of the data's std."""
+
+    below: float
+    order: int
+    corrector: bool
+    start: float
+    end: float
+    rho: float = 7.0
+
+
+# Each the best found on five exact targets and a trained network, in one table for what is known of the data: nothing,
+# one variance (from 25 calls on its flow is too coarse a first step), or a covariance. Few calls want a solver that
+# does not look back far and a last call well above the finest structure.
+_PLAIN = (
+    _Rule(7, 3, False, 4, 0.08),
+    _Rule(10, 3, True, 6, 0.04),
+    _Rule(12, 4, True, 6, 0.02),
+    _Rule(15, 4, True, 20, 0.02),
+    _Rule(25, 4, True, 20, 0.006, 10.0),
+    _Rule(np.inf, 4, True, 40, 0.006, 10.0),
+)
+_SCALAR = (
+    _Rule(7, 2, False, 6, 0.08),
+    _Rule(10, 4, True, 10, 0.02),
+    _Rule(15, 4, True, 20, 0.02),
+    _Rule(25, 4, True, 40, 0.006, 10.0),
+)
+_COVARIANCE = (
+    _Rule(7, 2, False, 6, 0.08),
+    _Rule(12, 4, True, 10, 0.02),
+    _Rule(15, 4, True, 18, 0.02),
+    _Rule(25, 4, True, 18, 0.006, 10.0),
+    _Rule(np.inf, 4, True, 40, 0.006, 10.0),
+)
+_GUIDED = (_Rule(15, 3, True, 20, 0.02), _Rule(np.inf, 3, True, 20, 0.006, 10.0))
 
 
 def _std(stats: Gaussian) -> float:
@@ -33,10 +68,10 @@ def recommend(
 ) -> tuple[Solver, Level]:
     """The best known `(solver, levels)` for `nfe` network calls: use as `sample(solver, denoise, x, levels)`.
 
-    Exponential Adams of order 4 (3 below 7 calls) that takes out a Gaussian's flow, with the free corrector, on Karras
-    knots. With `stats` the first step, from the schedule's noisiest level to 6 to 40 times the data's std, is the
-    closed-form flow of that Gaussian (`jump`) and costs no call; the grid then has `nfe + 1` steps. From 25 calls on
-    that takes a covariance: one variance is too coarse there, and the first step is a call. Without `stats` it is a
+    Exponential Adams that takes out a Gaussian's flow, of order 4 with its free corrector (lower below 10 calls), on
+    Karras knots. With `stats` the first step, from the schedule's noisiest level to 6 to 40 times the data's std, is
+    the closed-form flow of that Gaussian (`jump`) and costs no call; the grid then has `nfe + 1` steps. From 25 calls
+    on that takes a covariance: one variance is too coarse there, and the first step is a call. Without `stats` it is a
     call as well, the std is taken as 0.5 (data in [-1, 1]) and the mean as 0. docs/benchmark.md has the evidence,
     beside the samplers of diffusers and k-diffusion on the same denoisers.
 
@@ -58,21 +93,19 @@ def recommend(
         raise ValueError(f"nfe: expected a whole number of network calls >= 1, got {nfe}")
     nfe, std = int(nfe), _STD if stats is None else _std(stats)
     if guidance is not None and guidance > 1:
-        stats, order, starts = None, 3, {np.inf: 20}
+        stats, rules = None, _GUIDED
+    elif stats is None:
+        rules = _PLAIN
     else:
-        order = 3 if nfe < 7 else 4
-        scalar = stats is not None and stats.basis is None and stats.spectrum.ndim == 0
-        starts = _PLAIN if stats is None else _SCALAR if scalar else _COVARIANCE
-    free = stats is not None and nfe < max(starts)
-    solver = adams(order, stats=stats, sigma_data=std, scale=0.06 * std)
+        rules = _SCALAR if stats.basis is None and stats.spectrum.ndim == 0 else _COVARIANCE
+    free = stats is not None and nfe < rules[-1].below
+    rule = next(rule for rule in rules + _PLAIN if nfe < rule.below)
+    solver = adams(rule.order, stats=stats, sigma_data=std, corrector=rule.corrector, scale=0.06 * std)
     lo, hi = s_range(schedule)
-    start = std * next((multiple for budget, multiple in starts.items() if nfe < budget), 40)
-    knots = nfe if free else nfe - 1
+    start, knots = rule.start * std, nfe if free else nfe - 1
     if start >= hi or knots < 1:
-        return solver, karras(schedule, nfe)
-    # Many calls can afford to look at finer structure.
-    fine, rho = (0.02, 7.0) if nfe < 15 else (0.006, 10.0)
-    body = karras(schedule, knots, rho, s_min=max(lo, fine * std), s_max=start)
+        return solver, karras(schedule, nfe, rule.rho, s_min=max(lo, min(rule.end * std, hi / 2)))
+    body = karras(schedule, knots, rule.rho, s_min=max(lo, rule.end * std), s_max=start)
     first = schedule(np.asarray(schedule.t_max, np.float64))
     levels = Level(*(np.append(a, b) for a, b in zip(first, body, strict=True)))
     return (jump(solver, stats) if free else solver), levels
