@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 def _on_axes(gaussian: Gaussian) -> Gaussian:
     """The Gaussian in the coordinates of its covariance's eigenvectors."""
     if gaussian.mean.ndim != 1:
-        raise ValueError(f"expected a Gaussian of flat data, with a mean [D]; got a mean of shape {gaussian.mean.shape}")
+        raise ValueError(f"expected a Gaussian of flat data with a mean [D], got one of shape {gaussian.mean.shape}")
     cov = np.asarray(gaussian.operate(gaussian.spectrum, np.eye(len(gaussian.mean))))
     variances, basis = np.linalg.eigh(cov)
     return Gaussian(gaussian.mean @ basis, np.diag(np.maximum(variances, 0.0)))
