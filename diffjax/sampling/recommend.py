@@ -36,7 +36,7 @@ _PLAIN = (
     _Rule(12, 4, True, 6, 0.02),
     _Rule(15, 4, True, 20, 0.02),
     _Rule(25, 4, True, 20, 0.006, 10.0),
-    _Rule(np.inf, 4, True, 40, 0.006, 10.0),
+    _Rule(np.inf, 4, True, 80, 0.006, 10.0),
 )
 _SCALAR = (
     _Rule(7, 2, False, 6, 0.08),
