@@ -101,7 +101,7 @@ def test_conditions_go_with_their_starts():
         out = MIXTURE.denoise(x - level.alpha * cond, level)
         return dj.Prediction(out.x0 + cond, out.eps)
 
-    steps = dj.fit_steps(denoise, 2, VP, (KEY, (32, 2)), cond=shift, iterations=60, batch=12, **SMALL)
+    steps = dj.fit_steps(denoise, 1, VP, (KEY, (32, 2)), cond=shift, iterations=60, batch=12, **SMALL)
     assert steps.after < steps.before
 
 
@@ -126,7 +126,7 @@ def test_a_file_gives_the_same_samples(vp_steps, tmp_path):
 def test_a_gaussian_whose_covariance_is_given_is_exact_and_so_is_its_file(tmp_path):
     truth = dj.Gaussian.fit(np.random.default_rng(0).normal(size=(40, 2, 3)), "full", rank=2)
     teacher = dj.dpmpp_2m(), dj.karras(VP, 24)
-    steps = dj.fit_steps(truth.denoise, 2, VP, (KEY, (8, 2, 3)), stats=truth, iterations=1, order=1, teacher=teacher)
+    steps = dj.fit_steps(truth.denoise, 1, VP, (KEY, (8, 2, 3)), stats=truth, iterations=1, order=1, teacher=teacher)
     dj.save_steps(tmp_path / "steps", steps)
     x = dj.prior(jax.random.key(1), (3, 2, 3), steps.levels)
     exact = truth.flow(x, steps.levels.at(0), steps.levels.at(-1))
