@@ -76,8 +76,8 @@ def recommended(name: str, knows: str) -> Method:
     def plan(schedule, target, nfe):
         stats = None if knows == "nothing" else statistics(target.name, knows)
         solver, levels = sampling.recommend(schedule, nfe, stats=stats)
-        # For one target they differ in order alone: keep the first of each, which is compiled once.
-        return made.setdefault((target.name, solver.order, solver.nfe(5)), solver), levels
+        # For one target they differ in order, corrector (none below 7 calls) and jump: the first of each is compiled.
+        return made.setdefault((target.name, solver.order, solver.nfe(5), nfe < 7), solver), levels
 
     return Method(name, plan, knows)
 
