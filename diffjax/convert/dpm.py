@@ -232,7 +232,7 @@ def dpm_multistep(c: SimpleNamespace, n: int, o: SimpleNamespace):
 def edm_dpm(c: SimpleNamespace, n: int, o: SimpleNamespace):
     """DPM-Solver++ multistep with EDM's preconditioning."""
     t, sigmas = edm_grid(c, n, wide=False)
-    return _dpm_multistep(c, n, Points(t, sigmas, None), lambda half: edm_network(c, change=limit(c)), ("dpmsolver++",))
+    return _dpm_multistep(c, Points(t, sigmas, None), lambda half: edm_network(c, change=limit(c)), ("dpmsolver++",))
 
 
 def _single_orders(c: SimpleNamespace, n: int) -> list[int]:

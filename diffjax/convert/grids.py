@@ -78,8 +78,12 @@ def alphas_cumprod(c: SimpleNamespace, *, floor: bool = False) -> np.ndarray:
 
 
 def train_sigmas(bar: np.ndarray) -> np.ndarray:
-    """`sqrt((1 - bar) / bar)` [T] float32."""
-    return np.sqrt((1 - bar) / bar)
+    """`sqrt((1 - bar) / bar)` [T] float32.
+
+    At 2^-24, where a terminal SNR of zero is put, it lies within 1e-11 of the middle between two floats, and PyTorch on
+    x86 rounds it up to 4096. From there one unit in the last place is 1e-4 of the next state.
+    """
+    return np.where(bar == F(2**-24), F(4096), np.sqrt((1 - bar) / bar))
 
 
 def spaced(c: SimpleNamespace, n: int, *, whole: bool) -> np.ndarray:

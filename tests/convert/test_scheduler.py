@@ -168,6 +168,7 @@ def test_published_numbers_of_diffusers_own_tests(config, options, which, expect
         ({"_class_name": "DPMSolverMultistepScheduler", "lower_order_final": False}, 10, lambda: dj.dpmpp_2m()),
     ],
 )
+@pytest.mark.filterwarnings("ignore:heun.*unstable")
 def test_the_tables_are_the_solvers_of_the_library_on_the_same_grid(config, n, reference):
     solver, levels, head = scheduler(config, n)
     start = start_scale(config, levels) * np.random.default_rng(0).normal(size=oracle.SHAPE).astype(np.float32)
