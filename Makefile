@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
 ORACLE ?= .venv-oracle
-PARITY ?= /tmp/diffjax-parity
+PARITY ?= runs/parity
 SEED ?= 0
 COUNT ?= 20
 
@@ -38,7 +38,7 @@ bench: setup  ## timings on this machine, written to benchmarks/results
 
 $(ORACLE)/.ready:
 	$(PYTHON) -m venv $(ORACLE)
-	$(ORACLE)/bin/pip install --quiet torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+	$(ORACLE)/bin/pip install --quiet torch==2.13.0  # the CPU build of your platform is enough: set PIP_INDEX_URL to choose it
 	$(ORACLE)/bin/pip install --quiet diffusers==0.42.1 transformers==5.23.0 safetensors accelerate scipy torchsde
 	@touch $@
 

@@ -129,6 +129,8 @@ def denoiser(f: Callable[[Array, Array], Array], head: Head, *, dtype=None) -> D
       head: what `out` means.
       dtype: dtype of the network's input; default that of `x`. Everything outside `f` stays in x's dtype.
     """
+    if not isinstance(head, Head):
+        raise TypeError(f"head: expected a Head such as EPS, V, FLOW or edm(0.5), got {head!r}")
 
     def denoise(x, level):
         x_in = (x * expand(head.scale_in(level), x)).astype(dtype or x.dtype)

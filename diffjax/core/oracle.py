@@ -1,7 +1,7 @@
 """Exact denoisers: distributions whose posterior mean, score, likelihood and probability flow are known.
 
 Use them as a network that is never wrong: `sample(heun(), Gaussian(mean, cov).denoise, x, levels)` has the solver's
-error and nothing else. Data are vectors [B, D] for `Gaussian` and `Mixture`, arrays of any shape for `Empirical`.
+error and nothing else. Data are vectors [B, D] for `Mixture`, arrays of any shape for `Gaussian` and `Empirical`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def _check_eigenpairs(values, vectors):
     inner = vectors.T @ vectors
     if not np.allclose(inner, np.diag(np.round(np.diag(inner))), atol=1e-6):
         raise ValueError("cov: the columns of the eigenvectors must be orthonormal (np.linalg.eigh returns such)")
-    return values, vectors
+    order = np.argsort(-values, kind="stable")  # the last pair stands for the directions that are left out
+    return values[order], vectors[:, order]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,8 @@ class Gaussian:
             object.__setattr__(self, "cov", np.asarray(self.cov, np.float64))
         for name, value in (("mean", mean), ("spectrum", spectrum), ("basis", basis)):
             object.__setattr__(self, name, value)
+        complete = basis is not None and basis.shape[0] == basis.shape[1] and bool(np.all(np.any(basis != 0, axis=0)))
+        object.__setattr__(self, "_complete", complete)
 
     @classmethod
     def fit(cls, data: Array, kind: str = "scalar", *, rank: int | None = None) -> Gaussian:
@@ -115,7 +118,7 @@ class Gaussian:
           rank: how many eigenpairs to keep, the largest; the rest share the mean of their variances. Default all.
 
         Raises:
-          ValueError: for another kind.
+          ValueError: for another kind, or a rank that the data cannot have.
         """
         data = np.asarray(data, np.float64)
         mean = data.mean(axis=0)
@@ -125,9 +128,12 @@ class Gaussian:
             return cls(mean, data.var(axis=0))
         if kind != "full":
             raise ValueError(f"kind: expected 'scalar', 'diagonal' or 'full', got {kind!r}")
+        size = data[0].size
+        if rank is not None and not 1 <= rank <= size:
+            raise ValueError(f"rank: expected 1 to {size} eigenpairs, got {rank}")
         _, singular, vectors = np.linalg.svd((data - mean).reshape(len(data), -1), full_matrices=False)
         values, rank = singular**2 / len(data), len(singular) if rank is None else rank
-        total, size = values.sum(), vectors.shape[1]
+        total = values.sum()
         values, vectors = values[:rank], vectors[:rank].T
         if rank < size:  # one more pair carries the variance of all directions that were left out
             rest = max(total - values.sum(), 0.0) / (size - rank)
@@ -140,39 +146,66 @@ class Gaussian:
 
         Args:
           coef: the shape of `spectrum` (or of `spectrum` with a batch axis in front).
-          x: [B, ...].
+          x: [B, ...]; the result has its dtype.
         """
+        coef = coef.astype(x.dtype)
         if self.basis is None:
             return coef * x
-        flat = x.reshape(len(x), -1)
-        if self.basis.shape[0] == self.basis.shape[1]:
-            return (((flat @ self.basis) * coef) @ self.basis.T).reshape(x.shape)
+        flat, basis = x.reshape(len(x), -1), self.basis.astype(x.dtype)
+        if self._complete:
+            return (((flat @ basis) * coef) @ basis.T).reshape(x.shape)
         rest = coef[..., -1:]
-        out = rest * flat + ((flat @ self.basis) * (coef - rest)) @ self.basis.T
+        out = rest * flat + ((flat @ basis) * (coef - rest)) @ basis.T
         return out.reshape(x.shape)
+
+    @property
+    def std(self) -> float:
+        """The root of the mean variance over all dimensions."""
+        if self.basis is None:
+            return float(np.sqrt(np.mean(self.spectrum)))
+        size, pairs = self.basis.shape
+        return float(np.sqrt((self.spectrum.sum() + (size - pairs) * self.spectrum[-1]) / size))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises `ValueError` unless these are statistics of samples of `shape`, without the batch axis."""
+        size = int(np.prod(shape))
+        fits = self.basis is None or self.basis.shape[0] == size
+        for array in (self.mean, self.spectrum) if self.basis is None else (self.mean,):
+            try:
+                fits &= np.broadcast_shapes(array.shape, shape) == tuple(shape)
+            except ValueError:
+                fits = False
+        if not fits:
+            kind = "variances" if self.basis is None else "eigenvectors"
+            given = self.spectrum.shape if self.basis is None else self.basis.shape
+            raise ValueError(
+                f"statistics of another shape: mean {self.mean.shape} and {kind} {given} for samples {tuple(shape)}; "
+                "fit them to data of the samples' own shape, Gaussian.fit(data [N, ...])"
+            )
 
     def _variance(self, level, x):
         """The variance of x at the level in every direction of `spectrum`, and alpha and sigma beside it."""
         like = x if self.basis is None else x.reshape(len(x), -1)
         alpha, sigma = expand(level.alpha, like), expand(level.sigma, like)
-        return alpha**2 * self.spectrum + sigma**2, alpha, sigma
+        return alpha**2 * self.spectrum.astype(x.dtype) + sigma**2, alpha, sigma
 
     def denoise(self, x: Array, level: Level) -> Prediction:
-        """`E[x0 | x]` and `E[eps | x]`, [B, ...]: finite at alpha = 0 and at sigma = 0."""
+        """`E[x0 | x]` and `E[eps | x]`, [B, ...]: finite at alpha = 0, and at sigma = 0 for full rank."""
         variance, alpha, sigma = self._variance(level, x)
-        z = x - expand(level.alpha, x) * self.mean
-        x0 = self.mean + self.operate(alpha * self.spectrum / variance, z)
+        mean = self.mean.astype(x.dtype)
+        z = x - expand(level.alpha, x) * mean
+        x0 = mean + self.operate(alpha * self.spectrum / variance, z)
         return Prediction(x0, self.operate(sigma / variance, z))
 
     def score(self, x: Array, level: Level) -> Array:
         """`d log p(x) / dx` at the level, [B, ...]."""
         variance, _, _ = self._variance(level, x)
-        return -self.operate(1 / variance, x - expand(level.alpha, x) * self.mean)
+        return -self.operate(1 / variance, x - expand(level.alpha, x) * self.mean.astype(x.dtype))
 
     def logpdf(self, x: Array, level: Level) -> Array:
         """`log p(x)` at the level in nats, [B]."""
         variance, _, _ = self._variance(level, x)
-        z = x - expand(level.alpha, x) * self.mean
+        z = x - expand(level.alpha, x) * self.mean.astype(x.dtype)
         size, axes = z[0].size, tuple(range(1, z.ndim))
         if self.basis is None:
             log_det = jnp.sum(jnp.log(jnp.broadcast_to(variance, z.shape)), axis=axes)
@@ -190,8 +223,9 @@ class Gaussian:
     def flow(self, x: Array, start: Level, end: Level) -> Array:
         """Where the probability-flow ODE carries `x` [B, ...] from `start` to `end`, in closed form."""
         before, after = self._variance(start, x)[0], self._variance(end, x)[0]
-        z = x - expand(start.alpha, x) * self.mean
-        return expand(end.alpha, x) * self.mean + self.operate(jnp.sqrt(after / before), z)
+        mean = self.mean.astype(x.dtype)
+        z = x - expand(start.alpha, x) * mean
+        return expand(end.alpha, x) * mean + self.operate(jnp.sqrt(after / before), z)
 
     def condition(self, A: Array, y: Array, noise_std: float) -> Gaussian:
         """The data given a linear measurement `y = A x0 + noise_std eps`: their posterior, again a `Gaussian`.

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core.types import Array, Denoiser, Level
-from diffjax.guidance.blend import like
 
 
 def _check(name: str, s_lo: float, s_hi: float) -> None:
@@ -43,7 +42,15 @@ def interval(guided: Denoiser, plain: Denoiser, s_lo: float, s_hi: float) -> Den
             return (guided if inside else plain)(x, level)
         return jax.lax.cond(inside, lambda x: guided(x, level), lambda x: plain(x, level), x)
 
-    return like(denoise, guided, plain)
+    def check(levels):
+        # Each is called where the interval says, so it has to be defined there only.
+        inside = _inside(levels, s_lo, s_hi)
+        for each, where in ((guided, inside), (plain, ~inside)):
+            if hasattr(each, "check") and np.any(where):
+                each.check(levels.at(where))
+
+    denoise.check = check
+    return denoise
 
 
 def split_interval(levels: Level, s_lo: float, s_hi: float) -> list[tuple[bool, Level]]:

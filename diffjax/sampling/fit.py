@@ -183,16 +183,12 @@ def _moments(denoise: Denoiser, schedule: Schedule, x: Array, ends: Array) -> Ga
 
 def _plan(schedule: Schedule, nfe: int, stats: Gaussian, jump: bool) -> tuple[_Plan, np.ndarray]:
     """The plan, and s [m + 1] of the grid that the fit begins with, that of `recommend`."""
-    values, size, pairs = stats.spectrum, 1, 1
-    if stats.basis is not None:
-        size, pairs = stats.basis.shape
-    total = values.sum() + (size - pairs) * values[-1] if size > 1 else np.mean(values)
-    std = float(np.sqrt(total / size))
+    std = stats.std
     one = Gaussian(0.0, std**2)
     first = schedule(np.asarray(schedule.t_max, np.float64))
     levels = recommend(schedule, nfe, stats=one)[1]
     jump = jump and len(levels.t) == nfe + 2
-    if not jump:
+    if not jump and len(levels.t) != nfe + 1:
         fewer = recommend(schedule, nfe - 1, stats=one)[1] if nfe > 1 else karras(schedule, 1)
         levels = fewer if len(fewer.t) == nfe + 1 else karras(schedule, nfe)
     return _Plan(schedule, first, min(float(first.s), _FAR * std), std, stats, jump), levels.s

@@ -79,6 +79,10 @@ def check_grid(levels: Level, *, ascending: bool = False) -> tuple[Level, bool]:
     Raises:
       ValueError: if the shapes differ, there is no step, a value is not a number, or the noise grows along the grid.
     """
+    if not isinstance(levels, Level):
+        raise ValueError(
+            f"levels: expected a Level, from a spacing such as karras(VP(), 20), got {type(levels).__name__}"
+        )
     shapes = {jnp.shape(field) for field in levels}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 1 or shape[0] < 2:
         given = ", ".join(f"{name} {jnp.shape(field)}" for name, field in zip(levels._fields, levels, strict=True))
@@ -96,7 +100,7 @@ def check_grid(levels: Level, *, ascending: bool = False) -> tuple[Level, bool]:
             f"({levels.s[i]:.6g} to {levels.s[i + 1]:.6g}); grids run from noise to data. To go the other way, from "
             "data to noise, use encode(...) or an inverse(...) solver"
         )
-    # A network may depend on its time alone, so a step that changes only t still moves.
+    # Levels that differ in t alone hold the same state: a step between them is skipped.
     still = (np.diff(levels.alpha) == 0) & (np.diff(levels.sigma) == 0)
     return levels, bool(np.any(still))
 
@@ -157,7 +161,9 @@ def _take_step(options: _Options, key, carry, row):
 
     def take(carry):
         x, memory, bad = carry
-        x_next, memory, prediction = solver.step(denoise, x, memory, Step(index, level, following, coef, draw))
+        x_next, memory, prediction = solver.step(
+            partial(_call, denoise), x, memory, Step(index, level, following, coef, draw)
+        )
         if check_finite:
             fine = [jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves((x_next, prediction))]
             bad = jnp.where((bad < 0) & ~jnp.stack(fine).all(), index, bad)
@@ -178,6 +184,31 @@ def _take_step(options: _Options, key, carry, row):
         return carry, None if trace is None else trace(info)
 
     return jax.lax.cond(jnp.stack(moves).any(), take, skip, carry)
+
+
+def _call(denoise, x, *levels):
+    """`denoise(x, ...)`, refused if it is a network rather than a denoiser."""
+    prediction = denoise(x, *levels)
+    if isinstance(prediction, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"the denoiser returned an array {prediction.shape} where a Prediction(x0, eps) is needed; a network is to "
+            "be wrapped: denoiser(f, head)"
+        )
+    return prediction
+
+
+def _check_arguments(solver, denoise, key, loop: str) -> None:
+    """Refuses what is not a solver, a denoiser, a typed key or a loop."""
+    if not isinstance(solver, Solver):
+        name = getattr(solver, "__name__", None)
+        cure = f"call it, {name}()" if callable(solver) and name else "make one, such as heun()"
+        raise TypeError(f"solver: expected a Solver, got {type(solver).__name__} {name or repr(solver)[:40]}; {cure}")
+    if not callable(denoise):
+        raise TypeError(f"denoise: expected a function (x, level) -> Prediction, got {type(denoise).__name__}")
+    if key is not None and not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise TypeError("key: expected a typed key, jax.random.key(seed) (not a number, not jax.random.PRNGKey)")
+    if loop not in LOOPS:
+        raise ValueError(f"loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
 
 
 def _fold(key, data):
@@ -250,16 +281,19 @@ def sample(
 
     Raises:
       ValueError: for a grid that is malformed or runs from data to noise, an unknown loop, noise without a key, or a
-        grid on which the denoiser is undefined.
+        grid on which the denoiser is undefined (concrete grids only: a traced one cannot be looked at).
+      TypeError: for something that is no solver, a network in place of a denoiser, or a key that is not typed.
       FloatingPointError: with `check_finite`.
     """
-    if loop not in LOOPS:
-        raise ValueError(f"loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
+    _check_arguments(solver, denoise, key, loop)
     x = jax.tree.map(_at_least_float32, x)
     levels, skips, n = _check_grids(levels, x, solver.ascending)
     at = lambda index: jax.tree.map(lambda level: level.at(index), levels, is_leaf=_is_level)
     if hasattr(denoise, "check") and all(isinstance(a, np.ndarray) for a in jax.tree.leaves(levels)):
-        denoise.check(at(slice(None, -1)))
+        # Networks are called where a step begins, or ends on the way up, and never at sigma = 0.
+        called = slice(None) if solver.ascending else slice(None, -1)
+        noisy = lambda level: level.at(called).at(level.sigma[called] > 0)
+        denoise.check(jax.tree.map(noisy, levels, is_leaf=_is_level))
     memory, coef = solver.init(x, levels)
     dtype = jnp.result_type(
         jnp.float32, *(a.dtype for a in jax.tree.leaves(x) if jnp.issubdtype(a.dtype, jnp.floating))

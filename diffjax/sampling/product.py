@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from diffjax.core.types import Prediction, Solver, Step
+from diffjax.core.types import Level, Prediction, Solver, Step, namespace
 
 
 def product(solvers: Mapping[str, Solver]) -> Solver:
@@ -49,10 +49,12 @@ def product(solvers: Mapping[str, Solver]) -> Solver:
     def init(x, levels):
         named("x", x)
         parts = {name: solver.init(x[name], levels[name]) for name, solver in solvers.items()}
-        return {name: part[0] for name, part in parts.items()}, {name: part[1] for name, part in parts.items()}
+        coef = {name: {"inner": part[1], "level": _noisy(levels[name])} for name, part in parts.items()}
+        return {name: part[0] for name, part in parts.items()}, coef
 
     def step(denoise, x, memory, at: Step):
-        joint = named("the denoiser's result", denoise(x, at.level))
+        levels = {name: at.coef[name]["level"] for name in solvers}
+        joint = named("the denoiser's result", denoise(x, levels))
         out = {name: _one(solvers[name], name, joint[name], x, memory, at) for name in solvers}
         return tuple({name: part[i] for name, part in out.items()} for i in range(3))
 
@@ -61,11 +63,27 @@ def product(solvers: Mapping[str, Solver]) -> Solver:
     return Solver(init, step, order=min(s.order for s in solvers.values()), nfe=nfe, ascending=ascending)
 
 
+def _noisy(levels: Level) -> Level:
+    """Where each step calls the denoiser, fields [n]: the last noisy level for a part that is done and waits at 0."""
+    xp = namespace(*levels)
+    last = xp.maximum(xp.sum(levels.sigma > 0) - 1, 0)
+    return Level(*(xp.where(levels.sigma[:-1] > 0, field[:-1], field[last]) for field in levels))
+
+
 def _one(solver: Solver, name: str, prediction: Prediction, x, memory, at: Step):
     """The step of one component, or nothing where its level stays."""
     level, following = at.level[name], at.next[name]
-    part = Step(at.index, level, following, at.coef[name], lambda j: at.draw(j)[name])
-    moved = solver.step(lambda x, level: prediction, x[name], memory[name], part)
+    part = Step(at.index, level, following, at.coef[name]["inner"], lambda j: at.draw(j)[name])
+
+    def known(state, where):
+        if state is not x[name] or where is not level:
+            raise ValueError(
+                f"product: the solver of {name!r} calls its denoiser elsewhere than at the state and level where the "
+                "step begins, where the other parts have no state; use a multistep solver (ddim, dpmpp_2m, adams)"
+            )
+        return prediction
+
+    moved = solver.step(known, x[name], memory[name], part)
     still = (level.alpha == following.alpha) & (level.sigma == following.sigma)
     stay = (x[name], memory[name])
     kept = jax.tree.map(lambda a, b: jnp.where(still, a, b), stay, tuple(moved[:2]))

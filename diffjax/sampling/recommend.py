@@ -54,15 +54,6 @@ _COVARIANCE = (
 _GUIDED = (_Rule(15, 3, True, 20, 0.02), _Rule(np.inf, 3, True, 20, 0.006, 10.0))
 
 
-def _std(stats: Gaussian) -> float:
-    """The root of the mean variance over all dimensions."""
-    values = stats.spectrum
-    if stats.basis is None:
-        return float(np.sqrt(np.mean(values)))
-    size, kept = stats.basis.shape
-    return float(np.sqrt((values.sum() + (size - kept) * values[-1]) / size))
-
-
 def recommend(
     schedule: Schedule, nfe: int, *, stats: Gaussian | None = None, guidance: float | None = None
 ) -> tuple[Solver, Level]:
@@ -70,7 +61,8 @@ def recommend(
 
     Exponential Adams that takes out a Gaussian's flow, of order 4 with its free corrector (lower below 10 calls), on
     Karras knots. With `stats` the first step, from the schedule's noisiest level to 6 to 40 times the data's std, is
-    the closed-form flow of that Gaussian (`jump`) and costs no call; the grid then has `nfe + 1` steps. From 25 calls
+    the closed-form flow of that Gaussian (`jump`) and costs no call; the grid then has `nfe + 1` steps
+    (unless the schedule itself starts below that). From 25 calls
     on that takes a covariance: one variance is too coarse there, and the first step is a call. Without `stats` it is a
     call as well, the std is taken as 0.5 (data in [-1, 1]) and the mean as 0. docs/benchmark.md has the evidence,
     beside the samplers of diffusers and k-diffusion on the same denoisers.
@@ -87,11 +79,16 @@ def recommend(
       `(solver, levels)` with `solver.nfe(len(levels.t) - 1) == nfe`.
 
     Raises:
-      ValueError: for fewer than one call.
+      ValueError: for fewer than one call, something that is no schedule, or statistics that cannot be these data's.
     """
     if nfe < 1 or nfe != int(nfe):
         raise ValueError(f"nfe: expected a whole number of network calls >= 1, got {nfe}")
-    nfe, std = int(nfe), _STD if stats is None else _std(stats)
+    if isinstance(schedule, type) or not hasattr(schedule, "at_logsnr"):
+        raise ValueError(f"schedule: expected a schedule such as VP() or EDM(), got {schedule!r}")
+    if stats is not None and not (isinstance(stats, Gaussian) and stats.std > 0):
+        given = "a Gaussian without variance" if isinstance(stats, Gaussian) else type(stats).__name__
+        raise ValueError(f"stats: expected a Gaussian with a positive variance, Gaussian.fit(data), got {given}")
+    nfe, std = int(nfe), _STD if stats is None else stats.std
     if guidance is not None and guidance > 1:
         stats, rules = None, _GUIDED
     elif stats is None:
@@ -105,6 +102,11 @@ def recommend(
     start, knots = rule.start * std, nfe if free else nfe - 1
     if start >= hi or knots < 1:
         return solver, karras(schedule, nfe, rule.rho, s_min=max(lo, min(rule.end * std, hi / 2)))
+    if start <= lo:
+        raise ValueError(
+            f"stats: the data's std, {std:.3g}, is so far below the schedule's smallest sigma / alpha, {lo:.3g}, that "
+            "there is nothing to sample; scale the data to a std of about 0.5, or take a schedule that reaches lower"
+        )
     body = karras(schedule, knots, rule.rho, s_min=max(lo, rule.end * std), s_max=start)
     first = schedule(np.asarray(schedule.t_max, np.float64))
     levels = Level(*(np.append(a, b) for a, b in zip(first, body, strict=True)))

@@ -55,7 +55,7 @@ class Steps:
 def tabulated(table: dict, stats: Gaussian, levels: Level | None = None) -> Solver:
     """The solver whose coefficients are `table`, for the grid `levels` or that grid with its last level repeated."""
     m = len(table["first"])
-    mean, operate = stats.mean, stats.operate
+    operate = stats.operate
 
     def init(x, given):
         n = len(given.t) - 1
@@ -72,6 +72,7 @@ def tabulated(table: dict, stats: Gaussian, levels: Level | None = None) -> Solv
     def step(denoise, x, memory, at: Step):
         before, history = memory
         prediction, row = denoise(x, at.level), at.coef
+        mean = jnp.asarray(stats.mean, x.dtype)
         g = operate(row["x0"], prediction.x0 - mean) + operate(row["eps"], prediction.eps)
         points = jnp.concatenate([g[None], history])
         combine = lambda weights: sum(operate(weights[j], points[j]) for j in range(len(weights)))

@@ -148,12 +148,13 @@ def test_every_form_of_covariance_is_the_dense_one(kind, x64):
     rng = np.random.default_rng(0)
     shape, mean = (2, 3, 1), rng.normal(size=(2, 3, 1))
     vectors = np.linalg.qr(rng.normal(size=(6, 6)))[0]
-    values = np.array([0.9, 0.5, 0.3, 0.2, 0.1, 0.1])
+    values = np.array([0.1, 0.2, 0.9, 0.1, 0.5, 0.3])
     cov, dense = {
         "scalar": (0.3, 0.3 * np.eye(6)),
         "diagonal": (values.reshape(shape), np.diag(values)),
         "full": ((values, vectors), vectors * values @ vectors.T),
-        "rank": ((values[:5], vectors[:, :5]), vectors * values @ vectors.T),
+        # In any order; the direction left out has the smallest variance of those given.
+        "rank": ((values[1:], vectors[:, 1:]), vectors * values @ vectors.T),
     }[kind]
     short, full = core.Gaussian(mean, cov), core.Gaussian(mean.ravel(), dense)
     x = jnp.asarray(rng.normal(size=(4, *shape)))
@@ -181,14 +182,21 @@ def test_fit_finds_the_moments_of_the_data(kind):
     np.testing.assert_allclose(fitted.mean, data.mean(0))
 
 
-def test_fit_of_low_rank_keeps_the_total_variance():
+@pytest.mark.parametrize("rank", [3, 7])
+def test_fit_of_low_rank_keeps_the_total_variance(rank):
     data = np.random.default_rng(0).normal(size=(500, 8)) * np.geomspace(1, 0.1, 8)
-    fitted = core.Gaussian.fit(data, "full", rank=3)
+    fitted = core.Gaussian.fit(data, "full", rank=rank)
     kept = np.linalg.eigvalsh(np.cov(data.T, bias=True))[::-1]
     cov = np.asarray(fitted.operate(fitted.spectrum, jnp.eye(8)))
-    np.testing.assert_allclose(np.linalg.eigvalsh(cov)[::-1], [*kept[:3], *[kept[3:].mean()] * 5], rtol=1e-4)
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(cov)[::-1], [*kept[:rank], *[kept[rank:].mean()] * (8 - rank)], rtol=1e-4
+    )
     with pytest.raises(ValueError, match="'scalar', 'diagonal' or 'full', got 'pca'"):
         core.Gaussian.fit(data, "pca")
+    with pytest.raises(ValueError, match="rank: expected 1 to 8"):
+        core.Gaussian.fit(data, "full", rank=0)
+    with pytest.raises(ValueError, match=r"mean \(8,\) and eigenvectors \(8, 4\) for samples \(2, 4\)"):
+        core.Gaussian.fit(data, "full", rank=3).check((2, 4))
     with pytest.raises(ValueError, match="orthonormal"):
         core.Gaussian(0.0, (np.ones(2), np.ones((8, 2))))
     with pytest.raises(ValueError, match="variances >= 0"):

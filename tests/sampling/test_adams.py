@@ -148,6 +148,14 @@ def test_the_jump_costs_nothing_and_keeps_other_solvers(x64):
         np.testing.assert_allclose(out, rest, rtol=1e-10)
 
 
+def test_float32_state_stays_float32_where_float64_is_enabled(x64):
+    levels, x = dj.karras(dj.EDM(), 5), 80 * jnp.ones((2, 3), jnp.float32)
+    stats = dj.Gaussian(np.full(3, 0.1), np.full(3, 0.5))
+    network = lambda x, level: dj.Prediction(0.1 * x, (x - level.alpha * 0.1 * x) / level.sigma)
+    for solver in (dj.adams(stats=stats), dj.jump(dj.adams(stats=stats), stats)):
+        assert dj.sample(solver, network, x, levels).dtype == jnp.float32
+
+
 def test_messages():
     for bad, match in (
         (lambda: dj.adams(5), "order: expected 1, 2, 3 or 4, got 5"),
@@ -155,6 +163,10 @@ def test_messages():
         (lambda: dj.adams(2, basis="s"), "unknown basis 's'; known: asinh, half, log"),
         (lambda: dj.adams(2, "x0", stats=GAUSSIAN), "stats belong to predict='v'"),
         (lambda: dj.adams(2, scale=0.0), "must be positive"),
+        (
+            lambda: dj.sample(dj.adams(stats=GAUSSIAN), GAUSSIAN.denoise, jnp.ones((1, 4)), dj.karras(dj.EDM(), 4)),
+            r"mean \(3,\) and eigenvectors \(3, 3\) for samples \(4,\)",
+        ),
         (
             lambda: dj.sample(dj.adams(2, "eps"), GAUSSIAN.denoise, jnp.ones((1, 3)), dj.uniform(dj.Flow(), 4)),
             "start the grid at alpha > 0",

@@ -201,6 +201,29 @@ def test_other_messages():
         jax.jit(lambda x: dj.sample(dj.euler(), GAUSSIAN.denoise, x, grid, loop="host"))(x)
 
 
+@pytest.mark.parametrize(
+    "solver, denoise, levels, key, match",
+    [
+        (dj.heun, None, None, None, r"got function heun; call it, heun\(\)"),
+        ("heun", None, None, None, "got str heun|got str 'heun'"),
+        (None, 3, None, None, "expected a function"),
+        (None, lambda x, level: x, None, None, r"wrapped: denoiser\(f, head\)"),
+        (None, None, np.linspace(1, 0, 5), None, "expected a Level"),
+        (None, None, None, 0, r"jax.random.key\(seed\)"),
+        (None, None, None, jax.random.PRNGKey(0), r"jax.random.key\(seed\)"),
+    ],
+)
+def test_slips_are_named(solver, denoise, levels, key, match):
+    given = [
+        a if a is not None else b
+        for a, b in zip(
+            (solver, denoise, levels), (dj.ddim(1.0), GAUSSIAN.denoise, dj.karras(dj.EDM(), 4)), strict=True
+        )
+    ]
+    with pytest.raises((TypeError, ValueError), match=match):
+        dj.sample(given[0], given[1], jnp.ones((2, 2)), given[2], key if key is not None else jax.random.key(0))
+
+
 def poisoned(step):
     """A denoiser that returns NaN from the given level on."""
 

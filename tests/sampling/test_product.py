@@ -68,6 +68,17 @@ def test_each_part_draws_its_own_noise():
     np.testing.assert_array_equal(alike["a"], alike["b"])
 
 
+def test_a_part_that_is_done_asks_nothing_at_zero_noise():
+    # The denoiser of a finite data set divides by sigma; gradients and the search for NaN must not see that.
+    points = dj.Empirical(np.array([[0.5], [-0.5]]))
+    denoise = lambda x, level: {"a": points.denoise(x["a"], level["a"]), "b": PAIR["b"].denoise(x["b"], level["b"])}
+    short = dj.karras(dj.EDM(), 3)
+    grids = {"a": dj.Level(*(np.pad(f, (0, 2), mode="edge") for f in short)), "b": dj.karras(dj.EDM(), 5)}
+    solver = dj.product({"a": dj.ddim(), "b": dj.ddim()})
+    run = lambda a: dj.sample(solver, denoise, {"a": a, "b": jnp.ones((2, 2))}, grids, check_finite=True)["a"].sum()
+    assert np.isfinite(jax.jit(jax.grad(run))(jnp.ones((2, 1)))).all()
+
+
 def test_messages():
     grid, x = dj.karras(dj.EDM(), 4), {"a": jnp.ones((2, 1)), "b": jnp.ones((2, 2))}
     with pytest.raises(ValueError, match="at least one solver"):
@@ -77,6 +88,9 @@ def test_messages():
     solver = dj.product({"a": dj.ddim(), "b": dj.ddim()})
     with pytest.raises(ValueError, match=r"x must be a dict of \['a', 'b'\], got \['a'\]"):
         dj.sample(solver, independent, {"a": x["a"]}, grid)
+    moved = dj.product({"a": dj.churn(dj.euler(), dj.EDM()), "b": dj.ddim()})
+    with pytest.raises(ValueError, match="'a' calls its denoiser elsewhere"):
+        dj.sample(moved, independent, x, grid, jax.random.key(0))
     with pytest.raises(ValueError, match="result must be a dict"):
         dj.sample(solver, lambda x, level: PAIR["a"].denoise(x["a"], level["a"]), x, grid)
     with pytest.raises(ValueError, match="same number of steps"):

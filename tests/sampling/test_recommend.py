@@ -80,3 +80,11 @@ def test_messages():
     for bad in (0, 2.5, -1):
         with pytest.raises(ValueError, match="whole number of network calls"):
             dj.recommend(dj.EDM(), bad)
+    for schedule, stats, match in (
+        (dj.VP, None, "expected a schedule such as"),
+        (dj.VP(), np.ones((5, 2)), "expected a Gaussian with a positive variance, .* got ndarray"),
+        (dj.VP(), dj.Gaussian(0.0, 0.0), "got a Gaussian without variance"),
+        (dj.VE(), dj.Gaussian(0.0, 1e-6), "nothing to sample"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dj.recommend(schedule, 8, stats=stats)

@@ -358,3 +358,16 @@ def test_full_noise_in_ten_and_twenty_calls(schedule, x64):
         assert kl(MANY, 20, 0.02) < 0.0003
     # The best published one at 20 calls on the same Gaussian, to within its last digit: .0022 (SDE-DPM++2M, lu).
     assert 0.0015 < dj.gaussian_kl(dj.sde_dpmpp_2m(), fine, dj.exponential(dj.ddpm(), 20)) < 0.003
+
+
+@pytest.mark.parametrize("make", [dj.sde_adams, lambda: dj.sde_adams(4), lambda: dj.sa_solver(4, 4)])
+def test_grids_shorter_than_the_order(make):
+    for n in (1, 2, 3):
+        out = dj.sample(
+            make(),
+            lambda x, level: dj.Prediction(0 * x, x / level.sigma),
+            jnp.ones((2, 3)),
+            dj.karras(dj.EDM(), n),
+            jax.random.key(0),
+        )
+        np.testing.assert_allclose(out, 0, atol=1e-6)  # the last step returns x0, which is 0

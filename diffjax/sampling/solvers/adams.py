@@ -222,6 +222,8 @@ def adams(
     predicts, corrects = (order - 1, order) if corrector else (order, 0)
 
     def init(x, levels):
+        if stats is not None:
+            stats.check(x.shape[1:])
         if predict == "eps" and isinstance(levels.alpha, np.ndarray) and np.any(levels.alpha == 0):
             raise ValueError("adams with predict='eps' divides by alpha; start the grid at alpha > 0, or use 'v'")
         xp = namespace(*levels)
@@ -234,14 +236,14 @@ def adams(
     def step(denoise, x, memory, at: Step):
         before, history = memory
         prediction = denoise(x, at.level)
-        row = at.coef
-        g = operate(row["x0"], prediction.x0 - mean) + operate(row["eps"], prediction.eps)
+        row, center = at.coef, jnp.asarray(mean, x.dtype)
+        g = operate(row["x0"], prediction.x0 - center) + operate(row["eps"], prediction.eps)
         points = jnp.concatenate([g[None], history])
         combine = lambda table: sum(operate(table[j], points[j]) for j in range(len(table)))
         if corrector:
-            again = at.level.alpha * mean + operate(row["before"], before - row["alpha"] * mean)
+            again = at.level.alpha * center + operate(row["before"], before - row["alpha"] * center)
             x = jnp.where(row["correct"], again + combine(row["again"]), x)
-        following = at.next.alpha * mean + operate(row["x"], x - at.level.alpha * mean) + combine(row["g"])
+        following = at.next.alpha * center + operate(row["x"], x - at.level.alpha * center) + combine(row["g"])
         return following, (x, points[:-1] if len(history) else history), prediction
 
     return Solver(init, step, order=order, nfe=lambda n: n)
@@ -260,6 +262,7 @@ def jump(solver: Solver, stats: Gaussian) -> Solver:
     """
 
     def init(x, levels):
+        stats.check(x.shape[1:])
         grid = compact(levels)
         xp = namespace(*levels)
         first = (grid.place == 0) & grid.moves

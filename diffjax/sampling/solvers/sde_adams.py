@@ -77,7 +77,7 @@ def _remaining(levels: Level) -> Array:
 
 def _shifted(a: Array, by: int) -> Array:
     """`a[i - by]` at i, the first value where there is none."""
-    xp = namespace(a)
+    xp, by = namespace(a), min(by, len(a))
     return xp.concatenate([xp.repeat(a[:1], by, axis=0), a[:-by]]) if by else a
 
 
