@@ -7,7 +7,7 @@ PARITY ?= runs/parity
 SEED ?= 0
 COUNT ?= 20
 
-.PHONY: help setup run test lint slow faults bench oracle golden parity clean
+.PHONY: help setup run test lint slow faults bench errors oracle golden parity clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -51,6 +51,13 @@ parity: setup oracle  ## compare COUNT random configurations of each scheduler, 
 	rm -rf $(PARITY)/schedulers
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out $(PARITY)/schedulers --seed $(SEED) --count $(COUNT)
 	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest tests/convert -k live
+
+errors: setup  ## what samplers, guidance and inverse problems lose on exact denoisers, beside the peers (half an hour)
+	$(BIN)/python benchmarks/nfe_vs_error.py --oracle $(ORACLE)/bin/python
+	$(BIN)/python benchmarks/overhead.py --oracle $(ORACLE)/bin/python
+	$(BIN)/python benchmarks/fit_steps.py
+	$(BIN)/python benchmarks/guidance_bias.py
+	$(BIN)/python benchmarks/inverse_problems.py
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
