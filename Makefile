@@ -40,6 +40,7 @@ $(ORACLE)/.ready:
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/pip install --quiet torch==2.13.0  # the CPU build of your platform is enough: set PIP_INDEX_URL to choose it
 	$(ORACLE)/bin/pip install --quiet diffusers==0.42.1 transformers==5.23.0 safetensors accelerate scipy torchsde
+	$(ORACLE)/bin/pip install --quiet --no-deps k-diffusion einops dctorch torchdiffeq
 	@touch $@
 
 oracle: $(ORACLE)/.ready  ## a virtual environment with PyTorch and diffusers, to compare with
