@@ -185,10 +185,12 @@ def dequantize(x: Array, key: jax.Array, levels: int = 256, lo: float = -1.0, hi
     log-probability of the integers from below on average; `bits_per_dim` accounts for the width of the bins.
 
     Raises:
-      ValueError: if `x` is not of an integer dtype.
+      ValueError: if `x` is not of an integer dtype, or concrete with a value outside that range.
     """
     if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
         raise ValueError(f"dequantize: expected integers from 0 to {levels - 1}, got {jnp.result_type(x)}")
+    if not isinstance(x, jax.core.Tracer) and np.size(x) and not 0 <= np.min(x) <= np.max(x) < levels:
+        raise ValueError(f"dequantize: expected integers from 0 to {levels - 1}, got {np.min(x)} to {np.max(x)}")
     u = jax.random.uniform(key, jnp.shape(x), jnp.result_type(float))
     return lo + (hi - lo) * (jnp.asarray(x, u.dtype) + u) / levels
 

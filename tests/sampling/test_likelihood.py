@@ -231,3 +231,8 @@ def test_messages(x64):
         dj.elbo(GAUSSIAN.denoise, x, dj.karras(dj.VP(), 4))
     with pytest.raises(ValueError, match="strictly decreasing"):
         dj.elbo(GAUSSIAN.denoise, x, dj.Level(*np.ones((3, 4))), jax.random.key(0))
+
+
+def test_dequantize_refuses_integers_out_of_range():
+    with pytest.raises(ValueError, match="from 0 to 255, got 3 to 300"):
+        dj.dequantize(np.array([[3, 300]]), jax.random.key(0))

@@ -193,6 +193,9 @@ def test_messages():
         dj.ddim(-0.1)
     with pytest.raises(ValueError, match="from 0 .* to 1 .*got 2"):
         dj.ddim(2.0)
+    for bad in ({"s_churn": -1.0}, {"s_noise": -1.0}, {"s_tmin": 5.0, "s_tmax": 1.0}):
+        with pytest.raises(ValueError, match=">= 0|s_tmin <= s_tmax"):
+            dj.churn(dj.euler(), dj.EDM(), **bad)
     with pytest.raises(ValueError, match="without memory"):
         dj.sample(
             dj.churn(dj.dpmpp_2m(), dj.EDM()),

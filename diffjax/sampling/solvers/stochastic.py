@@ -262,8 +262,13 @@ def churn(
       s_noise: standard deviation of the noise added.
 
     Raises:
-      ValueError: at the start of sampling, for a solver with memory.
+      ValueError: for a negative amount, unless `s_tmin <= s_tmax`, or, at the start of sampling, for a solver with
+        memory.
     """
+    check_amount("s_churn", s_churn)
+    check_amount("s_noise", s_noise)
+    if not 0 <= s_tmin <= s_tmax:
+        raise ValueError(f"churn: expected 0 <= s_tmin <= s_tmax, got {s_tmin} and {s_tmax}")
 
     def raised(levels):
         level, following = pairs(levels)
