@@ -20,7 +20,7 @@ import numpy as np
 
 import diffjax as dj
 from configs.common import digits
-from diffjax.train import config as configs
+from diffjax.train.parts import prepare
 from diffjax.train.state import init_state
 from diffjax.train.step import make_train_step
 
@@ -39,7 +39,7 @@ def median_ms(call, repeats):
 
 def measure(name, repeats):
     """The row of one network: its recipe's batch and settings."""
-    config, parts = configs.prepare(digits("", model=name))
+    config, parts = prepare(digits("", model=name))
     state = init_state(parts, jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {

@@ -172,7 +172,7 @@ def required(arguments: argparse.Namespace, flag: str, example: str) -> str:
 def given_config(arguments, overrides):
     """The config of `--config` with the overrides; from `--workdir` if there is no `--config`."""
     from diffjax.train import config as configs
-    from diffjax.train.state import read_config
+    from diffjax.train.workdir import read_config
 
     if not arguments.config and arguments.workdir and os.path.isdir(arguments.workdir):
         config = read_config(arguments.workdir)
@@ -192,7 +192,7 @@ def run_settings(workdir: str, overrides: dict[str, str], groups: Sequence[str])
     if not overrides:
         return {}
     from diffjax.train import config as configs
-    from diffjax.train.state import read_config
+    from diffjax.train.workdir import read_config
 
     config, values = read_config(workdir), {}
     for key, text in overrides.items():
@@ -210,10 +210,11 @@ def train(arguments, overrides) -> int:
     """`diffjax train`."""
     workdir = required(arguments, "workdir", "runs/digits")
     config = given_config(arguments, overrides)
-    from diffjax.train import loop
+    from diffjax.train.loop import train as run
+    from diffjax.train.setup import use_compile_cache
 
-    loop.use_compile_cache()
-    result = loop.train(config, workdir)
+    use_compile_cache()
+    result = run(config, workdir)
     return 128 + result.signal if result.signal else 0
 
 
@@ -224,7 +225,7 @@ def evaluate(arguments, overrides) -> int:
     options = run_settings(workdir, overrides, ("sample", "eval")) | _given(arguments, *names)
     options["quick"] = arguments.quick
     from diffjax.pipelines.evaluate import evaluate as run
-    from diffjax.train.loop import use_compile_cache
+    from diffjax.train.setup import use_compile_cache
 
     use_compile_cache()
     run(workdir, **options)
@@ -241,7 +242,7 @@ def sample(arguments, overrides) -> int:
             raise UsageError("sample: --num and --seeds exclude each other; --num=4 is --seeds=0,1,2,3")
         options["seeds"] = tuple(range(arguments.num))
     from diffjax.pipelines.generate import generate
-    from diffjax.train.loop import use_compile_cache
+    from diffjax.train.setup import use_compile_cache
 
     use_compile_cache()
     generate(workdir, **options)

@@ -14,7 +14,7 @@ from diffjax import core, registry
 from diffjax.core.types import Denoiser, Level, Solver
 from diffjax.guidance import cfg, clip_x0, interval
 from diffjax.sampling import SOLVERS, check_grid, prior, sample
-from diffjax.train import config as configs
+from diffjax.train import parts
 
 # What a sample's key is folded with for its start and for the solver's noise: one seed, two independent streams.
 _START, _STEPS = 0, 1
@@ -115,7 +115,7 @@ def grid(run, settings: Settings, *, length: int | None = None) -> Level:
       ValueError: for an unknown spacing, one that returns no grid of that many steps from noise to data, a grid on
         which the run's head is undefined, or `length < steps`.
     """
-    levels = configs.grid(settings.spacing, run.schedule, settings.steps)
+    levels = parts.grid(settings.spacing, run.schedule, settings.steps)
     if not isinstance(levels, Level):
         kind = type(levels).__name__
         raise ValueError(f"spacing {settings.spacing!r} returned a {kind}; expected a Level of arrays [steps + 1]")

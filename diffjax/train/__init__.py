@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
-    "Parts": "config",
+    "Parts": "parts",
     "Result": "loop",
     "Run": "state",
     "TrainState": "state",
@@ -16,7 +16,7 @@ _HOMES = {
     "load_run": "state",
     "make_train_step": "step",
     "open_checkpoints": "checkpoint",
-    "resolve": "config",
+    "resolve": "parts",
     "train": "loop",
 }
 __all__ = list(_HOMES)

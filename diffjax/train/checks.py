@@ -10,8 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax.core import EDM, Table
-from diffjax.train import sharding
 from diffjax.train.errors import ConfigError
+from diffjax.train.parallel import sharding
 
 DRAWS = 4096
 

@@ -1,7 +1,7 @@
 """Configs: defaults, loading, overrides, and the checks that stop a wrong run before anything is allocated.
 
-A config is data: numbers, strings, tuples and `"name(arg=1)"` specs in an `ml_collections.ConfigDict`. `prepare` turns
-it into the objects of a run; everything that is wrong with it is reported as one `ConfigError`.
+A config is data: numbers, strings, tuples and `"name(arg=1)"` specs in an `ml_collections.ConfigDict`. Everything that
+is wrong with it is reported as one `ConfigError`.
 """
 
 from __future__ import annotations
@@ -15,51 +15,19 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffjax import registry
-from diffjax.core.types import Head, Level, Model
-from diffjax.train import checks, log
 from diffjax.train.errors import ConfigError
 
 # What a stored run and the config of a resumed run may differ in: nothing that the next update depends on, apart from
 # the learning rate schedule, which is laid out over `num_steps`.
 RESUMABLE = ("num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample", "eval")
 
-_FIX = "; edit the config file or pass --{path}=VALUE"
-
-
-class Parts(NamedTuple):
-    """The objects that a config names.
-
-    Attributes:
-      dataset: `diffjax.data.Dataset`.
-      augment: functions `(batch, rng) -> batch`, in order.
-      schedule: `t -> Level`.
-      head: `Head`.
-      time: `(key, n) -> t [n]`.
-      weight: `Level -> [B]`, or None for the head's own.
-      model: `Model`.
-      optimizer: `optax.GradientTransformation`.
-      lr: `step -> learning rate`.
-      ema: `{spec: Ema}`, in the config's order.
-    """
-
-    dataset: Any
-    augment: tuple[Callable, ...]
-    schedule: Any
-    head: Head
-    time: Callable
-    weight: Callable | None
-    model: Model
-    optimizer: Any
-    lr: Callable
-    ema: dict[str, Any]
+FIX = "; edit the config file or pass --{path}=VALUE"
 
 
 def defaults() -> ConfigDict:
@@ -96,29 +64,6 @@ def defaults() -> ConfigDict:
     )
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with every default filled in, checked key by key and built abstractly; nothing is allocated.
-
-    Raises:
-      ConfigError: for an unknown key, a wrong type, an impossible value, an unknown name, or settings that do not fit
-        together (a patch that does not divide the image, a sampling grid on which the head is undefined).
-    """
-    return prepare(config)[0]
-
-
-def prepare(config: ConfigDict) -> tuple[ConfigDict, Parts]:
-    """`resolve(config)` and the objects that it names.
-
-    Raises:
-      ConfigError: as `resolve`.
-    """
-    resolved = fill(config)
-    parts = assemble(resolved)
-    # Not in `assemble`: a run may be opened for inference on other devices than it was trained on.
-    checks.check_devices(resolved, parts)
-    return resolved, parts
-
-
 def fill(config: ConfigDict) -> ConfigDict:
     """The config with defaults, after the checks of keys, types and ranges; builds nothing.
 
@@ -132,71 +77,10 @@ def fill(config: ConfigDict) -> ConfigDict:
         value = _get(filled, key)
         if not holds(value):
             path = f"config.{key}"
-            raise ConfigError(f"{path} is {value!r}; it must be {allowed}" + _FIX.format(path=path))
+            raise ConfigError(f"{path} is {value!r}; it must be {allowed}" + FIX.format(path=path))
     if len(set(filled.ema)) != len(filled.ema):
         raise ConfigError(f"config.ema is {filled.ema!r}; it must not name an average twice: remove one")
     return filled
-
-
-def assemble(config: ConfigDict) -> Parts:
-    """The objects that a filled config names; the network is only traced, no parameter is allocated.
-
-    Raises:
-      ConfigError: for an unknown name, or settings that do not fit together.
-    """
-    from diffjax import core, data, models
-    from diffjax.train import ema, optim
-
-    schedule = _build(config, "schedule", core.SCHEDULES)
-    head = _build(config, "head", core.HEADS)
-    time = _build(config, "time", core.TIMES)
-    with _naming("config.time"):
-        checks.check_times(config, schedule, time)
-    weight = _build(config, "weight", core.WEIGHTS, schedule=schedule) if config.weight else None
-    _check_sampling(config, schedule, head)
-    averages = {}
-    for spec in config.ema:
-        with _naming("config.ema"):
-            averages[spec] = registry.build(spec, ema.EMAS, "ema")
-    with _naming("config.optim"):
-        optimizer = optim.build_optimizer(config.optim, config.num_steps)
-        lr = optim.build_lr(config.optim, config.num_steps)
-    dataset = _build(config, "data", data.SOURCES)
-    checks.check_guidance(config, dataset.num_classes)
-    with _naming("config.augment"):
-        augment = tuple(registry.build(spec, data.AUGMENTS, "augmentation") for spec in config.augment)
-    if config.batch_size > len(dataset.train):
-        raise ConfigError(
-            f"config.batch_size is {config.batch_size}; it must be at most the {len(dataset.train)} training items"
-            + _FIX.format(path="config.batch_size")
-        )
-    with _naming("config.model"):
-        model = registry.build(
-            dict(config.model), models.MODELS, "model", shape=dataset.shape, num_classes=dataset.num_classes
-        )
-    _check_model(config, model, dataset, optimizer)
-    if config.tensorboard:
-        with _naming("config.tensorboard"):
-            log.require_tensorboard()
-    return Parts(dataset, augment, schedule, head, time, weight, model, optimizer, lr, averages)
-
-
-def grid(spacing: str, schedule: Any, steps: int) -> Level:
-    """The sampling grid of a spec such as `"karras(s_max=40.0)"` on a schedule: `Level[steps + 1]`.
-
-    Raises:
-      ValueError: for an unknown spacing, arguments that it does not take, or a schedule on which it has no meaning.
-    """
-    from diffjax.core import SPACINGS
-
-    name, args, kwargs = registry.parse(spacing)
-    fn = registry.lookup(name, SPACINGS, "spacing")
-    try:
-        inspect.signature(fn).bind(schedule, steps, *args, **kwargs)
-    except TypeError as error:
-        allowed = list(inspect.signature(fn).parameters)[2:]
-        raise ValueError(f"spacing {name!r}: {error}; arguments: {', '.join(allowed) or 'none'}") from None
-    return fn(schedule, steps, *args, **kwargs)
 
 
 def load(path: str) -> ConfigDict:
@@ -284,7 +168,7 @@ def _mapping(value, source: str) -> ConfigDict:
 
 
 @contextlib.contextmanager
-def _naming(path: str):
+def naming(path: str):
     """Turns whatever a piece of the config raises into a `ConfigError` that names the key."""
     try:
         yield
@@ -293,47 +177,7 @@ def _naming(path: str):
     except Exception as error:
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         key = f"{path}.KEY" if isinstance(_get(defaults(), path.removeprefix("config.")), ConfigDict) else path
-        raise ConfigError(f"{path}: {text}" + _FIX.format(path=key)) from error
-
-
-def _build(config, key, known, **offered):
-    """What `config[key]` names; of `offered` it is given the arguments that it takes."""
-    with _naming(f"config.{key}"):
-        name, _, _ = registry.parse(config[key])
-        takes = inspect.signature(registry.lookup(name, known, key)).parameters
-        return registry.build(config[key], known, key, **{k: v for k, v in offered.items() if k in takes})
-
-
-def _check_sampling(config, schedule, head):
-    """Fails now, not after the training, on a solver, spacing or grid that the network could not be used with."""
-    from diffjax import sampling
-
-    sample = config.sample
-    with _naming("config.sample.solver"):
-        registry.build(sample.solver, sampling.SOLVERS, "solver", schedule=schedule)
-    with _naming("config.sample.spacing"):
-        levels = grid(sample.spacing, schedule, sample.steps)
-    with _naming("config.sample"):
-        head.check(levels)
-
-
-def _check_model(config, model, dataset, optimizer):
-    """Traces parameters, network and optimiser at the batch's shape: whatever cannot fit together fails here."""
-    shape = (config.batch_size, *dataset.shape)
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    t = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
-    y = jax.ShapeDtypeStruct(shape[:1], jnp.int32) if dataset.num_classes else None
-
-    def trace(key, x, t, y):
-        params = model.init(key)
-        return params, model.apply(params, x, t, y, key=key)
-
-    with _naming("config.model"):
-        params, out = jax.eval_shape(trace, jax.eval_shape(lambda: jax.random.key(0)), x, t, y)
-        if out.shape != shape:
-            raise ValueError(f"the network maps {shape} to {out.shape}; it must return the shape of x")
-    with _naming("config.optim"):
-        jax.eval_shape(optimizer.init, params)
+        raise ConfigError(f"{path}: {text}" + FIX.format(path=key)) from error
 
 
 def _merge(given: Mapping, default: ConfigDict, path: str) -> dict:
@@ -386,7 +230,7 @@ def _coerce(value, default, path):
     if type(value) is not kind:
         raise ConfigError(
             f"{path} is {value!r} ({type(value).__name__}); it must be {_KINDS[kind]}, such as {default!r}"
-            + _FIX.format(path=path)
+            + FIX.format(path=path)
         )
     if kind is tuple and default and isinstance(default[0], float):
         return tuple(_coerce(v, default[0], path) for v in value)

@@ -15,9 +15,11 @@ from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
 from diffjax.train import config as configs
-from diffjax.train import paths, sharding
+from diffjax.train import paths
 from diffjax.train import step as steps
-from diffjax.train.loop import abstract_batch, compile_step, use_compile_cache
+from diffjax.train.parallel import sharding
+from diffjax.train.parts import prepare
+from diffjax.train.setup import abstract_batch, compile_step, use_compile_cache
 from diffjax.train.state import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy", "scikit-learn")
@@ -34,7 +36,7 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
     Raises:
       ConfigError: for a config that cannot run.
     """
-    config, parts = configs.prepare(config)
+    config, parts = prepare(config)
     state = abstract_state(parts)
     mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
     places = sharding.state_sharding(mesh, state, parts.model.rules, config.sharding)

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TextIO
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffjax.data import batches
 from diffjax.train import config as configs
-from diffjax.train import log, sharding
+from diffjax.train import log
 from diffjax.train import step as steps
 from diffjax.train.checkpoint import open_checkpoints
-from diffjax.train.config import Parts
-from diffjax.train.errors import ConfigError, NonFiniteError, WorkdirError
-from diffjax.train.state import CHECKPOINTS, CONFIG_FILE, TrainState, abstract_state, init_state, read_config
-
-LOCK_FILE = "lock"
+from diffjax.train.errors import NonFiniteError, WorkdirError
+from diffjax.train.parallel import sharding
+from diffjax.train.parts import Parts, prepare
+from diffjax.train.setup import compile_step, first_state
+from diffjax.train.state import CHECKPOINTS, TrainState, abstract_state
+from diffjax.train.stopping import caught_signals
+from diffjax.train.workdir import locked, refuse_changes, write_config
 
 
 class Result(NamedTuple):
@@ -76,7 +74,7 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
     """
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise WorkdirError(f"workdir {workdir!r} is a file; give a folder, which is made if it does not exist")
-    config, parts = configs.prepare(config)
+    config, parts = prepare(config)
     os.makedirs(workdir, exist_ok=True)
     with locked(workdir), caught_signals() as caught, contextlib.ExitStack() as stack:
         refuse_changes(workdir, config)
@@ -179,68 +177,6 @@ def bad_step_message(window: steps.Metrics, saved, workdir: str) -> str:
     )
 
 
-def first_state(config, parts: Parts, checkpoints, iterator, state_sharding) -> tuple[int, TrainState]:
-    """The newest checkpoint (the iterator is set to it as well), or the initial state at step 0."""
-    like = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract_state(parts),
-        state_sharding,
-    )
-    restored = checkpoints.restore(like, iterator)
-    if restored is not None:
-        return int(restored[0]), restored[1]
-    key = jax.random.key(config.seed)
-    init = jax.jit(lambda key: init_state(parts, key), out_shardings=state_sharding).lower(key)
-    # It runs once, and compiling it optimised takes longer than compiling the step: 22 s against 5 s for a small U-Net.
-    return 0, init.compile(compiler_options={"xla_backend_optimization_level": 0})(key)
-
-
-def compile_step(config, parts: Parts, mesh, state_sharding):
-    """The compiled `(state, window, batch) -> (state, window)`, which consumes its state and window, and a maker of
-    empty windows."""
-    everywhere = sharding.replicated(mesh)
-    jitted = jax.jit(
-        steps.with_window(steps.make_train_step(parts, config)),
-        in_shardings=(state_sharding, everywhere, sharding.batch_sharding(mesh)),
-        out_shardings=(state_sharding, everywhere),
-        donate_argnums=(0, 1),
-    )
-    blank = steps.empty_window(parts.dataset.num_classes)
-    compiled = jitted.lower(abstract_state(parts), blank, abstract_batch(config, parts)).compile()
-    return compiled, lambda: jax.device_put(blank, everywhere)
-
-
-def abstract_batch(config, parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a batch."""
-    return {
-        "image": jax.ShapeDtypeStruct((config.batch_size, *parts.dataset.shape), jnp.float32),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
-    }
-
-
-def refuse_changes(workdir: str, config: ConfigDict) -> None:
-    """Compares the config with the one that the run in `workdir`, if there is one, was started with.
-
-    Raises:
-      ConfigError: if they differ in anything that the next update depends on; lists every difference.
-    """
-    if os.path.exists(os.path.join(workdir, CONFIG_FILE)):
-        changed = configs.differences(read_config(workdir), config)
-        if changed:
-            raise ConfigError(
-                f"{workdir!r} holds a run with another config (stored -> given): {'; '.join(changed)}; "
-                "give the stored values to go on with it, or another --workdir to start afresh"
-            )
-
-
-def write_config(workdir: str, config: ConfigDict) -> None:
-    """Writes `config.json` in one move, so that a reader never sees half of it."""
-    path = os.path.join(workdir, CONFIG_FILE)
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        file.write(configs.to_json(config) + "\n")
-    os.replace(path + ".part", path)
-
-
 def last_step(config: ConfigDict) -> int:
     """The step to train to: `num_steps`, or `stop_at` if that is set and earlier."""
     return min(config.num_steps, config.stop_at or config.num_steps)
@@ -280,67 +216,3 @@ class Clock:
         rates = {"steps_per_s": (step - self._step) / elapsed, "data_wait": self._waited / elapsed}
         self._start, self._step, self._waited = now, step, 0.0
         return rates
-
-
-@contextlib.contextmanager
-def locked(workdir: str):
-    """Holds the lock of a folder; the system drops it when the process ends, however it ends.
-
-    Raises:
-      WorkdirError: if another process holds it.
-    """
-    with open(os.path.join(workdir, LOCK_FILE), "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise WorkdirError(
-                f"{workdir!r} is in use: process {owner} is training there; wait for it, stop it, "
-                "or give another --workdir"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """A list that SIGINT and SIGTERM are appended to; a second one has its usual effect at once."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch(number, frame):
-        caught.append(number)
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    for s in before:
-        signal.signal(s, catch)
-    try:
-        yield caught
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def use_compile_cache() -> str | None:
-    """Turns on JAX's compile cache on disk and returns its folder, or None where it is turned off.
-
-    `JAX_COMPILATION_CACHE_DIR` chooses the folder, else it is `diffjax/jax` in the user's cache folder;
-    `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
-    """
-    if not jax.config.jax_enable_compilation_cache:
-        return None
-    folder = jax.config.jax_compilation_cache_dir
-    if not folder:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        folder = os.path.join(home, "diffjax", "jax")
-        jax.config.update("jax_compilation_cache_dir", folder)
-    return folder

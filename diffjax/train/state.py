@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any, NamedTuple
 
@@ -13,12 +12,11 @@ from ml_collections import ConfigDict
 
 from diffjax import registry
 from diffjax.core.types import Head, Model
-from diffjax.train import config as configs
 from diffjax.train import paths
-from diffjax.train.config import Parts
 from diffjax.train.errors import ConfigError
+from diffjax.train.parts import Parts, assemble
+from diffjax.train.workdir import read_config
 
-CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 RAW = "raw"
 
@@ -79,23 +77,6 @@ def abstract_state(parts: Parts) -> TrainState:
     return jax.eval_shape(lambda: init_state(parts, jax.random.key(0)))
 
 
-def read_config(workdir: str) -> ConfigDict:
-    """The filled config that a run was started with.
-
-    Raises:
-      ConfigError: if `workdir` holds no run, or its config is not JSON.
-    """
-    path = os.path.join(workdir, CONFIG_FILE)
-    if not os.path.isfile(path):
-        raise ConfigError(f"{workdir!r} holds no run: no {CONFIG_FILE}; make one with `diffjax train --workdir=...`")
-    try:
-        with open(path, encoding="utf-8") as stream:
-            stored = ConfigDict(json.load(stream))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); restore it, every checkpoint holds a copy of it") from error
-    return configs.fill(stored)
-
-
 def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = None) -> Run:
     """Opens a run for inference.
 
@@ -113,7 +94,7 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
 
     config = read_config(workdir)
     chosen = choose_ema(config, ema)
-    parts = configs.assemble(config)
+    parts = assemble(config)
     checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
     steps = checkpoints.steps()
     if step == "best" and steps:

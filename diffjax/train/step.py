@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from diffjax import core
-from diffjax.train.config import Parts
+from diffjax.train.parts import Parts
 from diffjax.train.state import TrainState
 
 # Inner edges of the bins of log-SNR in which the loss is reported; the outer two bins are open.

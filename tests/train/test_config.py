@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from diffjax.train import checks
 from diffjax.train import config as configs
 from diffjax.train.errors import ConfigError
+from diffjax.train.parts import assemble, resolve
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +82,7 @@ UNLABELLED = f"diffjax.data:arrays(images={((((0.0,),),),) * 16})"
 )
 def test_refused_with_the_key_the_value_and_the_way_out(changes, words):
     with pytest.raises(ConfigError) as caught:
-        configs.resolve(tiny(**changes))
+        resolve(tiny(**changes))
     for word in words:
         assert word in str(caught.value)
 
@@ -172,13 +173,13 @@ def test_a_config_names_the_users_own_code(tmp_path, monkeypatch):
         model=dict(name="mine_config:net", gain=0.5),
         sample=dict(solver="mine_config:euler()", spacing="uniform()"),
     )
-    parts = configs.assemble(configs.fill(tiny(**mine)))
+    parts = assemble(configs.fill(tiny(**mine)))
     assert parts.schedule.shift == 3.0
     assert parts.weight(parts.schedule(0.0)) == 1.0
     with pytest.raises(ConfigError, match=r"config\.schedule: cannot import schedule 'mine_config:gone'"):
-        configs.resolve(tiny(**mine | dict(schedule="mine_config:gone()")))
+        resolve(tiny(**mine | dict(schedule="mine_config:gone()")))
     with pytest.raises(ConfigError, match=r"config\.model: .*\(8, 8, 8, 1\) to \(8, 4, 8, 1\)"):
-        configs.resolve(tiny(**mine | dict(model="mine_config:too_small")))
+        resolve(tiny(**mine | dict(model="mine_config:too_small")))
 
 
 @pytest.mark.parametrize(
@@ -206,9 +207,9 @@ def test_times_that_fit_their_schedule_pass(schedule, time):
 
 @pytest.mark.parametrize("name", ["digits", "digits_unet", "digits_dit", "digits_mlp"])
 def test_the_shipped_configs_run(name):
-    smoke = configs.resolve(configs.load(f"{ROOT}/configs/{name}.py:smoke,seed=3"))
+    smoke = resolve(configs.load(f"{ROOT}/configs/{name}.py:smoke,seed=3"))
     assert smoke.seed == 3 and smoke.num_steps < 100
-    configs.resolve(configs.load(f"{ROOT}/configs/{name}.py"))
+    resolve(configs.load(f"{ROOT}/configs/{name}.py"))
 
 
 def test_load_says_what_is_wrong_with_the_file(tmp_path):

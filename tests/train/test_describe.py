@@ -41,12 +41,12 @@ def test_flops_of_a_convolution_and_its_gradients(groups):
 
 
 def test_flops_agree_with_xla_on_a_network_without_loops():
-    from diffjax.train import config as configs
-    from diffjax.train.loop import abstract_batch
+    from diffjax.train.parts import prepare
+    from diffjax.train.setup import abstract_batch
     from diffjax.train.state import abstract_state
     from diffjax.train.step import make_train_step
 
-    config, parts = configs.prepare(ConfigDict(dict(batch_size=64, model=dict(name="mlp", width=128, depth=2))))
+    config, parts = prepare(ConfigDict(dict(batch_size=64, model=dict(name="mlp", width=128, depth=2))))
     step, inputs = make_train_step(parts, config), (abstract_state(parts), abstract_batch(config, parts))
     ours = describe.flops(jax.make_jaxpr(step)(*inputs).jaxpr)
     xla = jax.jit(step).lower(*inputs).cost_analysis()["flops"]

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffjax.train import config as configs
 from diffjax.train import log, loop
 from diffjax.train.checkpoint import Checkpoints, open_checkpoints
 from diffjax.train.errors import ConfigError, NonFiniteError, WorkdirError
-from diffjax.train.state import abstract_state, load_run, read_config
+from diffjax.train.parts import prepare
+from diffjax.train.setup import use_compile_cache
+from diffjax.train.state import abstract_state, load_run
+from diffjax.train.workdir import locked, read_config
 
 USER = """
 import os
@@ -92,7 +94,7 @@ def train(workdir, **changes):
 
 
 def saved(workdir, step, **changes):
-    _, parts = configs.prepare(tiny(**changes))
+    _, parts = prepare(tiny(**changes))
     checkpoints = open_checkpoints(workdir / "checkpoints", keep=2)
     _, state = checkpoints.restore(abstract_state(parts), step=step)
     return state, checkpoints.info(step)["iterator"]
@@ -237,7 +239,7 @@ def test_a_run_that_is_bad_from_the_start_leaves_no_checkpoint(tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    with loop.locked(str(tmp_path)):
+    with locked(str(tmp_path)):
         with pytest.raises(WorkdirError, match=f"in use: process {os.getpid()}"):
             train(tmp_path)
     assert train(tmp_path, num_steps=2).step == 2
@@ -322,11 +324,11 @@ def test_tensorboard_is_written_when_asked_for(tmp_path):
 
 def test_the_compile_cache_is_where_it_is_asked_for(monkeypatch):
     # The suite's own cache, from JAX_COMPILATION_CACHE_DIR, is left as it is.
-    assert loop.use_compile_cache() == jax.config.jax_compilation_cache_dir
+    assert use_compile_cache() == jax.config.jax_compilation_cache_dir
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        assert loop.use_compile_cache() == str(Path("/somewhere/diffjax/jax"))
+        assert use_compile_cache() == str(Path("/somewhere/diffjax/jax"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

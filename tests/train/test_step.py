@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffjax.train import config as configs
 from diffjax.train import step as steps
+from diffjax.train.parts import prepare
 from diffjax.train.state import init_state
 
 BATCH, SHAPE, CLASSES = 512, (4, 4, 1), 3
@@ -45,7 +45,7 @@ def make(tmp_path, monkeypatch):
             data="user_of_test_step:data()", model="user_of_test_step:bias", batch_size=BATCH, ema=(),
             optim=dict(name="sgd", lr=0.5, b1=0.0, clip=0.0), label_dropout=0.0,
         )  # fmt: skip
-        return configs.prepare(ConfigDict(base | changes))
+        return prepare(ConfigDict(base | changes))
 
     return make
 

@@ -9,7 +9,14 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from diffjax.train.sharding import batch_sharding, make_mesh, param_sharding, parse_mesh, place_batch, state_sharding
+from diffjax.train.parallel.sharding import (
+    batch_sharding,
+    make_mesh,
+    param_sharding,
+    parse_mesh,
+    place_batch,
+    state_sharding,
+)
 
 
 class State(NamedTuple):
@@ -25,7 +32,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 from diffjax.train.checkpoint import open_checkpoints
-from diffjax.train.sharding import batch_sharding, make_mesh, place, place_batch, state_sharding
+from diffjax.train.parallel.sharding import batch_sharding, make_mesh, place, place_batch, state_sharding
 
 class State(NamedTuple):
     step: Any
@@ -118,10 +125,10 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 from ml_collections import ConfigDict
-from diffjax.train import config as configs
-from diffjax.train.loop import compile_step
+from diffjax.train.parts import prepare
+from diffjax.train.setup import compile_step
 from diffjax.train.state import init_state
-from diffjax.train.sharding import make_mesh, parse_mesh, place, place_batch, state_sharding
+from diffjax.train.parallel.sharding import make_mesh, parse_mesh, place, place_batch, state_sharding
 
 NETWORKS = {
     "unet": dict(name="unet", width=8, mults=(1, 2), blocks=1, attention=(4,), head_width=8, groups=4, dropout=0.1),
@@ -138,7 +145,7 @@ def apart(a, b):
 def train_network(network, mesh, mode, one):
     sgd = dict(name="sgd", lr=0.1, b1=0.0, clip=1.0)
     given = dict(batch_size=16, num_steps=3, model=NETWORKS[network], optim=sgd, mesh=mesh, sharding=mode)
-    config, parts = configs.prepare(ConfigDict(given))
+    config, parts = prepare(ConfigDict(given))
     mesh = alone if one else make_mesh(parse_mesh(config.mesh))
     # The initial output is zero, and so are most gradients: noise on the parameters makes every layer count.
     state = jax.jit(lambda key: init_state(parts, key))(jax.random.key(0))

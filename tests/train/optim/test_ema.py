@@ -6,7 +6,7 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 
-from diffjax.train.ema import EMAS, decay, gamma_of, power, std_of
+from diffjax.train.optim.ema import EMAS, decay, gamma_of, power, std_of
 
 
 def run(ema, values, start):

@@ -1,0 +1,169 @@
+"""From a config to the objects of a run, checked abstractly: nothing is allocated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from diffjax import registry
+from diffjax.core.types import Head, Level, Model
+from diffjax.train import checks, log
+from diffjax.train.config import FIX, fill, naming
+from diffjax.train.errors import ConfigError
+
+
+class Parts(NamedTuple):
+    """The objects that a config names.
+
+    Attributes:
+      dataset: `diffjax.data.Dataset`.
+      augment: functions `(batch, rng) -> batch`, in order.
+      schedule: `t -> Level`.
+      head: `Head`.
+      time: `(key, n) -> t [n]`.
+      weight: `Level -> [B]`, or None for the head's own.
+      model: `Model`.
+      optimizer: `optax.GradientTransformation`.
+      lr: `step -> learning rate`.
+      ema: `{spec: Ema}`, in the config's order.
+    """
+
+    dataset: Any
+    augment: tuple[Callable, ...]
+    schedule: Any
+    head: Head
+    time: Callable
+    weight: Callable | None
+    model: Model
+    optimizer: Any
+    lr: Callable
+    ema: dict[str, Any]
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """The config with every default filled in, checked key by key and built abstractly; nothing is allocated.
+
+    Raises:
+      ConfigError: for an unknown key, a wrong type, an impossible value, an unknown name, or settings that do not fit
+        together (a patch that does not divide the image, a sampling grid on which the head is undefined).
+    """
+    return prepare(config)[0]
+
+
+def prepare(config: ConfigDict) -> tuple[ConfigDict, Parts]:
+    """`resolve(config)` and the objects that it names.
+
+    Raises:
+      ConfigError: as `resolve`.
+    """
+    resolved = fill(config)
+    parts = assemble(resolved)
+    # Not in `assemble`: a run may be opened for inference on other devices than it was trained on.
+    checks.check_devices(resolved, parts)
+    return resolved, parts
+
+
+def assemble(config: ConfigDict) -> Parts:
+    """The objects that a filled config names; the network is only traced, no parameter is allocated.
+
+    Raises:
+      ConfigError: for an unknown name, or settings that do not fit together.
+    """
+    from diffjax import core, data, models
+    from diffjax.train import optim
+
+    schedule = _build(config, "schedule", core.SCHEDULES)
+    head = _build(config, "head", core.HEADS)
+    time = _build(config, "time", core.TIMES)
+    with naming("config.time"):
+        checks.check_times(config, schedule, time)
+    weight = _build(config, "weight", core.WEIGHTS, schedule=schedule) if config.weight else None
+    _check_sampling(config, schedule, head)
+    averages = {}
+    for spec in config.ema:
+        with naming("config.ema"):
+            averages[spec] = registry.build(spec, optim.EMAS, "ema")
+    with naming("config.optim"):
+        optimizer = optim.build_optimizer(config.optim, config.num_steps)
+        lr = optim.build_lr(config.optim, config.num_steps)
+    dataset = _build(config, "data", data.SOURCES)
+    checks.check_guidance(config, dataset.num_classes)
+    with naming("config.augment"):
+        augment = tuple(registry.build(spec, data.AUGMENTS, "augmentation") for spec in config.augment)
+    if config.batch_size > len(dataset.train):
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}; it must be at most the {len(dataset.train)} training items"
+            + FIX.format(path="config.batch_size")
+        )
+    with naming("config.model"):
+        model = registry.build(
+            dict(config.model), models.MODELS, "model", shape=dataset.shape, num_classes=dataset.num_classes
+        )
+    _check_model(config, model, dataset, optimizer)
+    if config.tensorboard:
+        with naming("config.tensorboard"):
+            log.require_tensorboard()
+    return Parts(dataset, augment, schedule, head, time, weight, model, optimizer, lr, averages)
+
+
+def grid(spacing: str, schedule: Any, steps: int) -> Level:
+    """The sampling grid of a spec such as `"karras(s_max=40.0)"` on a schedule: `Level[steps + 1]`.
+
+    Raises:
+      ValueError: for an unknown spacing, arguments that it does not take, or a schedule on which it has no meaning.
+    """
+    from diffjax.core import SPACINGS
+
+    name, args, kwargs = registry.parse(spacing)
+    fn = registry.lookup(name, SPACINGS, "spacing")
+    try:
+        inspect.signature(fn).bind(schedule, steps, *args, **kwargs)
+    except TypeError as error:
+        allowed = list(inspect.signature(fn).parameters)[2:]
+        raise ValueError(f"spacing {name!r}: {error}; arguments: {', '.join(allowed) or 'none'}") from None
+    return fn(schedule, steps, *args, **kwargs)
+
+
+def _build(config, key, known, **offered):
+    """What `config[key]` names; of `offered` it is given the arguments that it takes."""
+    with naming(f"config.{key}"):
+        name, _, _ = registry.parse(config[key])
+        takes = inspect.signature(registry.lookup(name, known, key)).parameters
+        return registry.build(config[key], known, key, **{k: v for k, v in offered.items() if k in takes})
+
+
+def _check_sampling(config, schedule, head):
+    """Fails now, not after the training, on a solver, spacing or grid that the network could not be used with."""
+    from diffjax import sampling
+
+    sample = config.sample
+    with naming("config.sample.solver"):
+        registry.build(sample.solver, sampling.SOLVERS, "solver", schedule=schedule)
+    with naming("config.sample.spacing"):
+        levels = grid(sample.spacing, schedule, sample.steps)
+    with naming("config.sample"):
+        head.check(levels)
+
+
+def _check_model(config, model, dataset, optimizer):
+    """Traces parameters, network and optimiser at the batch's shape: whatever cannot fit together fails here."""
+    shape = (config.batch_size, *dataset.shape)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    t = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    y = jax.ShapeDtypeStruct(shape[:1], jnp.int32) if dataset.num_classes else None
+
+    def trace(key, x, t, y):
+        params = model.init(key)
+        return params, model.apply(params, x, t, y, key=key)
+
+    with naming("config.model"):
+        params, out = jax.eval_shape(trace, jax.eval_shape(lambda: jax.random.key(0)), x, t, y)
+        if out.shape != shape:
+            raise ValueError(f"the network maps {shape} to {out.shape}; it must return the shape of x")
+    with naming("config.optim"):
+        jax.eval_shape(optimizer.init, params)

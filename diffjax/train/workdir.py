@@ -1,0 +1,82 @@
+"""The folder of a run: one writer at a time, and the config that the run was started with."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+
+from ml_collections import ConfigDict
+
+from diffjax.train import config as configs
+from diffjax.train.errors import ConfigError, WorkdirError
+
+CONFIG_FILE = "config.json"
+LOCK_FILE = "lock"
+
+
+def read_config(workdir: str) -> ConfigDict:
+    """The filled config that a run was started with.
+
+    Raises:
+      ConfigError: if `workdir` holds no run, or its config is not JSON.
+    """
+    path = os.path.join(workdir, CONFIG_FILE)
+    if not os.path.isfile(path):
+        raise ConfigError(f"{workdir!r} holds no run: no {CONFIG_FILE}; make one with `diffjax train --workdir=...`")
+    try:
+        with open(path, encoding="utf-8") as stream:
+            stored = ConfigDict(json.load(stream))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); restore it, every checkpoint holds a copy of it") from error
+    return configs.fill(stored)
+
+
+def refuse_changes(workdir: str, config: ConfigDict) -> None:
+    """Compares the config with the one that the run in `workdir`, if there is one, was started with.
+
+    Raises:
+      ConfigError: if they differ in anything that the next update depends on; lists every difference.
+    """
+    if os.path.exists(os.path.join(workdir, CONFIG_FILE)):
+        changed = configs.differences(read_config(workdir), config)
+        if changed:
+            raise ConfigError(
+                f"{workdir!r} holds a run with another config (stored -> given): {'; '.join(changed)}; "
+                "give the stored values to go on with it, or another --workdir to start afresh"
+            )
+
+
+def write_config(workdir: str, config: ConfigDict) -> None:
+    """Writes `config.json` in one move, so that a reader never sees half of it."""
+    path = os.path.join(workdir, CONFIG_FILE)
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        file.write(configs.to_json(config) + "\n")
+    os.replace(path + ".part", path)
+
+
+@contextlib.contextmanager
+def locked(workdir: str):
+    """Holds the lock of a folder; the system drops it when the process ends, however it ends.
+
+    Raises:
+      WorkdirError: if another process holds it.
+    """
+    with open(os.path.join(workdir, LOCK_FILE), "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise WorkdirError(
+                f"{workdir!r} is in use: process {owner} is training there; wait for it, stop it, "
+                "or give another --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
