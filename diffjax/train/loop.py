@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TextIO
 
@@ -16,10 +15,11 @@ from ml_collections import ConfigDict
 
 from diffjax.data import batches
 from diffjax.train import config as configs
-from diffjax.train import log
 from diffjax.train import step as steps
 from diffjax.train.checkpoint import open_checkpoints
 from diffjax.train.errors import NonFiniteError, WorkdirError
+from diffjax.train.monitor import writers
+from diffjax.train.monitor.clock import Clock
 from diffjax.train.parallel import sharding
 from diffjax.train.parts import Parts, prepare
 from diffjax.train.setup import compile_step, first_state
@@ -50,8 +50,8 @@ class Session(NamedTuple):
     empty: Any
     iterator: Any
     checkpoints: Any
-    writer: log.Writer
-    terminal: log.Terminal
+    writer: writers.Writer
+    terminal: writers.Terminal
     workdir: str
     windows: list  # of metrics on the host, reported since the last checkpoint
 
@@ -84,8 +84,8 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
         mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
         state_sharding = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
         step, state = first_state(config, parts, checkpoints, iterator, state_sharding)
-        terminal = log.Terminal(stream or sys.stderr, last_step(config), step)
-        writer = log.Several([terminal, *file_writers(config, workdir, step)])
+        terminal = writers.Terminal(stream or sys.stderr, last_step(config), step)
+        writer = writers.Several([terminal, *file_writers(config, workdir, step)])
         stack.callback(writer.close)
         if step >= last_step(config):
             text = f"{workdir} is at step {step}, and the config asks for {last_step(config)}: nothing to do"
@@ -182,37 +182,10 @@ def last_step(config: ConfigDict) -> int:
     return min(config.num_steps, config.stop_at or config.num_steps)
 
 
-def file_writers(config: ConfigDict, workdir: str, step: int) -> Iterator[log.Writer]:
+def file_writers(config: ConfigDict, workdir: str, step: int) -> Iterator[writers.Writer]:
     """The writers that leave files in `workdir`."""
-    yield log.Jsonl(os.path.join(workdir, log.METRICS_FILE), upto=step)
+    yield writers.Jsonl(os.path.join(workdir, writers.METRICS_FILE), upto=step)
     if config.tensorboard:
-        board = log.TensorBoard(os.path.join(workdir, "tensorboard"))
+        board = writers.TensorBoard(os.path.join(workdir, "tensorboard"))
         board.write_hparams(configs.flat(config))
         yield board
-
-
-class Clock:
-    """Rates between log lines, without the time of checkpoints: steps per second, and the share of the time that was
-    spent waiting for data."""
-
-    def __init__(self, step: int):
-        self._start, self._step, self._waited = time.perf_counter(), step, 0.0
-
-    @contextlib.contextmanager
-    def waiting(self):
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def paused(self):
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
-
-    def lap(self, step: int) -> dict[str, float]:
-        now = time.perf_counter()
-        elapsed = max(now - self._start, 1e-9)
-        rates = {"steps_per_s": (step - self._step) / elapsed, "data_wait": self._waited / elapsed}
-        self._start, self._step, self._waited = now, step, 0.0
-        return rates

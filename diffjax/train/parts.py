@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from diffjax import registry
 from diffjax.core.types import Head, Level, Model
-from diffjax.train import checks, log
+from diffjax.train import checks
 from diffjax.train.config import FIX, fill, naming
 from diffjax.train.errors import ConfigError
+from diffjax.train.monitor import writers
 
 
 class Parts(NamedTuple):
@@ -107,7 +108,7 @@ def assemble(config: ConfigDict) -> Parts:
     _check_model(config, model, dataset, optimizer)
     if config.tensorboard:
         with naming("config.tensorboard"):
-            log.require_tensorboard()
+            writers.require_tensorboard()
     return Parts(dataset, augment, schedule, head, time, weight, model, optimizer, lr, averages)
 
 

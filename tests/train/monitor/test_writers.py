@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from diffjax.train import log
+from diffjax.train.monitor import writers
 
 
 class Tty(io.StringIO):
@@ -22,7 +22,7 @@ def rows(path):
 
 def test_jsonl_has_one_strict_object_per_call(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    writer = log.Jsonl(str(path))
+    writer = writers.Jsonl(str(path))
     writer.write_scalars(np.int32(1), {"loss": np.float32(0.5), "bad": np.nan})
     writer.write_texts(2, {"note": 'a "quoted" line\nand another'})
     writer.write_images(2, {"grid": np.zeros((2, 2, 1))})
@@ -34,16 +34,16 @@ def test_jsonl_has_one_strict_object_per_call(tmp_path):
 def test_a_resumed_file_reads_like_an_uninterrupted_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 2.0}\n{"step": 30, "loss": 3.0}\n{"step": 40, "lo')
-    writer = log.Jsonl(str(path), upto=20)
+    writer = writers.Jsonl(str(path), upto=20)
     writer.write_scalars(30, {"loss": 4.0})
     writer.close()
     assert [(r["step"], r["loss"]) for r in rows(path)] == [(10, 1.0), (20, 2.0), (30, 4.0)]
-    assert log.read_metrics(str(path)) == rows(path)
+    assert writers.read_metrics(str(path)) == rows(path)
 
 
 def test_terminal_draws_a_bar_with_rate_and_values_on_a_terminal():
     stream = Tty()
-    terminal = log.Terminal(stream, total=50, initial=10)
+    terminal = writers.Terminal(stream, total=50, initial=10)
     terminal.advance(11)
     terminal.write_scalars(11, {"loss": 0.25, "lr": 1e-3})
     terminal.write_texts(11, {"note": "hello"})
@@ -54,7 +54,7 @@ def test_terminal_draws_a_bar_with_rate_and_values_on_a_terminal():
 
 def test_elsewhere_lines_are_sparse_but_the_first_and_the_last_are_there():
     stream = io.StringIO()
-    terminal = log.Terminal(stream, total=100, every_s=1e9)
+    terminal = writers.Terminal(stream, total=100, every_s=1e9)
     for step in range(10, 101, 10):
         terminal.advance(step)
         terminal.write_scalars(step, {"loss": float(step), "steps_per_s": 0.5})
@@ -66,7 +66,7 @@ def test_elsewhere_lines_are_sparse_but_the_first_and_the_last_are_there():
 
 def test_several_writes_to_each(tmp_path):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    writer = log.Several([log.Jsonl(str(first)), log.Jsonl(str(second))])
+    writer = writers.Several([writers.Jsonl(str(first)), writers.Jsonl(str(second))])
     writer.write_hparams({"lr": 0.1})
     writer.write_scalars(1, {"loss": 1.0})
     writer.close()
@@ -78,7 +78,7 @@ def test_tensorboard_events_hold_the_scalars_and_images(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
-    writer = log.TensorBoard(str(tmp_path))
+    writer = writers.TensorBoard(str(tmp_path))
     writer.write_scalars(7, {"loss": 0.5})
     writer.write_images(7, {"one": np.zeros((8, 8, 1), np.uint8), "many": np.zeros((2, 8, 8, 3), np.uint8)})
     writer.write_texts(7, {"note": "hi"})
@@ -101,4 +101,4 @@ def test_without_tensorboardx_the_message_names_the_extra(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'diffjax\[tensorboard\]'"):
-        log.TensorBoard(str(tmp_path))
+        writers.TensorBoard(str(tmp_path))
