@@ -25,7 +25,7 @@ from diffjax.train.errors import ConfigError
 
 # What a stored run and the config of a resumed run may differ in: nothing that the next update depends on, apart from
 # the learning rate schedule, which is laid out over `num_steps`.
-RESUMABLE = ("num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample", "eval")
+RESUMABLE = ("num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample_every", "profile", "sample", "eval")
 
 FIX = "; edit the config file or pass --{path}=VALUE"
 
@@ -41,6 +41,10 @@ def defaults() -> ConfigDict:
             augment=(),
             batch_size=128,
             num_steps=1000,
+            init_from="",
+            init_ema="",
+            init_missing=(),
+            init_ignore=(),
             schedule="edm()",
             head="edm(sigma_data=0.5)",
             time="lognormal(mean=-1.2, std=1.2)",
@@ -53,6 +57,8 @@ def defaults() -> ConfigDict:
             checkpoint_every=500,
             keep=2,
             stop_at=0,
+            sample_every=0,
+            profile=(),
             sharding="data",
             mesh="",
             tensorboard=False,
@@ -234,7 +240,7 @@ def _coerce(value, default, path):
         )
     if kind is tuple and default and isinstance(default[0], float):
         return tuple(_coerce(v, default[0], path) for v in value)
-    if kind is tuple and path in ("config.ema", "config.augment"):
+    if kind is tuple and path in ("config.ema", "config.augment", "config.init_missing", "config.init_ignore"):
         return tuple(_coerce(v, "", path) for v in value)
     return value
 
@@ -315,6 +321,11 @@ _RANGES = {
     "log_every": _at_least(1),
     "checkpoint_every": _at_least(1),
     "keep": _at_least(2),
+    "sample_every": _at_least(0),
+    "profile": (
+        (lambda v: not v or (len(v) == 2 and all(isinstance(n, int) for n in v) and 0 <= v[0] < v[1])),
+        "() or (first, last): trace the updates after the first to the last of these steps",
+    ),
     "stop_at": ((lambda v: v >= 0), "a step, or 0 to run to num_steps"),
     "sharding": ((lambda v: v in ("data", "fsdp", "rules")), "'data', 'fsdp' or 'rules'"),
     "sample.steps": _at_least(1),

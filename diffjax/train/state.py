@@ -66,8 +66,17 @@ def init_state(parts: Parts, key: jax.Array) -> TrainState:
       parts: what the config names.
       key: the run's key, `jax.random.key(seed)`.
     """
+    return start_state(parts, init_params(parts, key))
+
+
+def init_params(parts: Parts, key: jax.Array) -> dict:
+    """The network's own first parameters of a run with that key; jittable."""
     # Update i draws from fold_in(key, i); the largest 32-bit number is a stream that no update reaches.
-    params = parts.model.init(jax.random.fold_in(key, np.uint32(2**32 - 1)))
+    return parts.model.init(jax.random.fold_in(key, np.uint32(2**32 - 1)))
+
+
+def start_state(parts: Parts, params: dict) -> TrainState:
+    """The state before the first update of a run that starts from `params`; jittable."""
     copies = {spec: average.init(params) for spec, average in parts.ema.items()}
     return TrainState(jnp.zeros((), jnp.int32), params, copies, parts.optimizer.init(params))
 
