@@ -210,11 +210,12 @@ def train(arguments, overrides) -> int:
     """`diffjax train`."""
     workdir = required(arguments, "workdir", "runs/digits")
     config = given_config(arguments, overrides)
+    from diffjax.pipelines.preview import preview
     from diffjax.train.loop import train as run
     from diffjax.train.setup import use_compile_cache
 
     use_compile_cache()
-    result = run(config, workdir)
+    result = run(config, workdir, preview=preview)
     return 128 + result.signal if result.signal else 0
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
 import jax
@@ -20,7 +21,11 @@ from diffjax.train.checkpoint import open_checkpoints
 from diffjax.train.errors import NonFiniteError, WorkdirError
 from diffjax.train.monitor import writers
 from diffjax.train.monitor.clock import Clock
+from diffjax.train.monitor.meters import usage
+from diffjax.train.monitor.profile import Profile
+from diffjax.train.monitor.summary import summarize
 from diffjax.train.parallel import sharding
+from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parts import Parts, prepare
 from diffjax.train.setup import compile_step, first_state
 from diffjax.train.state import CHECKPOINTS, TrainState, abstract_state
@@ -52,11 +57,15 @@ class Session(NamedTuple):
     checkpoints: Any
     writer: writers.Writer
     terminal: writers.Terminal
+    picture: Callable | None  # `(params, step) -> image`, every `sample_every` steps
+    flops: Callable[[], float]  # of one step
     workdir: str
     windows: list  # of metrics on the host, reported since the last checkpoint
 
 
-def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> Result:
+def train(
+    config: ConfigDict, workdir: str, *, stream: TextIO | None = None, preview: Callable | None = None
+) -> Result:
     """Trains to `config.num_steps` (or `config.stop_at`), from the newest checkpoint in `workdir` if there is one.
 
     The same call goes on with an interrupted run, and ends with the same bits as an uninterrupted one on the same
@@ -64,8 +73,11 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
 
     Args:
       config: as `diffjax.train.config.defaults`; missing keys take their defaults.
-      workdir: made if absent. Gets `config.json`, `checkpoints/`, `metrics.jsonl` and, if asked for, TensorBoard files.
+      workdir: made if absent. Gets `config.json`, `checkpoints/`, `metrics.jsonl`, `summary.json`, `curves.png` and, if
+        asked for, TensorBoard files, samples and a profile.
       stream: where progress is written; default `sys.stderr`.
+      preview: `(config, parts) -> picture` with `picture(params, step) -> uint8 [H, W, 1 or 3]`, what to draw every
+        `config.sample_every` steps, such as `diffjax.pipelines.preview.preview`; default nothing.
 
     Raises:
       ConfigError: for a config that cannot run, or another config than that of the run in `workdir`.
@@ -94,15 +106,21 @@ def train(config: ConfigDict, workdir: str, *, stream: TextIO | None = None) -> 
         write_config(workdir, config)
         terminal.write_texts(step, {"note": "compiling the training step ..."})
         step_fn, empty = compile_step(config, parts, mesh, state_sharding)
-        session = Session(config, parts, mesh, step_fn, empty, iterator, checkpoints, writer, terminal, workdir, [])
+        picture = preview(config, parts) if preview and config.sample_every else None
+        flops = functools.cache(lambda: step_flops(config, parts).model)
+        session = Session(
+            config, parts, mesh, step_fn, empty, iterator, checkpoints, writer, terminal, picture, flops, workdir, []
+        )
         return run(session, step, state, caught)
 
 
 def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Result:
     """The loop itself; the device is waited for at checkpoints, and one step late at every log line."""
     config, last = session.config, last_step(session.config)
-    window, pending, clock, saved = session.empty(), None, Clock(step), step or None
+    window, pending, clock, saved = session.empty(), None, Clock(step, config.batch_size), step or None
+    profile = Profile(config.profile, session.workdir)
     while step < last and not (caught and step == saved):
+        profile.before(step)
         with clock.waiting():
             batch = sharding.place_batch(next(session.iterator), session.mesh)
         state, window = session.step_fn(state, window, batch)
@@ -111,6 +129,8 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
         if pending:
             # The device already works on the next step, so fetching this window costs it nothing.
             pending = report(session, clock, *pending)
+        if traced := profile.after(step, state):
+            session.terminal.write_texts(step, {"note": f"profile of steps {config.profile} in {traced}"})
         ends = step == last or bool(caught)
         saves = step % config.checkpoint_every == 0 or ends
         if step % config.log_every == 0 or saves:
@@ -123,10 +143,16 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
             session.windows.clear()
             # Before the save: no checkpoint may be later than the rows that a killed process leaves.
             session.writer.flush()
-            with clock.paused():
+            with clock.paused("checkpoints"):
                 session.checkpoints.save(step, state, session.iterator, json.loads(configs.to_json(config)), metrics)
             saved = step
+        if session.picture and (step % config.sample_every == 0 or step == last):
+            with clock.paused("samples"):
+                image = session.picture(averaged(session, state), step)
+                session.writer.write_images(step, {"samples": image})
+    profile.close()
     session.checkpoints.wait()
+    conclude(session, clock, step, state)
     if caught:
         name = signal.Signals(caught[0]).name
         text = f"{name}: saved step {step} of {last} in {session.workdir}; the same command goes on from there"
@@ -140,8 +166,29 @@ def report(session: Session, clock: Clock, step: int, window: steps.Metrics) -> 
     # Only now are its steps known to be done; when they were handed to the device says nothing.
     timing = clock.lap(step)
     session.windows.append(window)
-    values = steps.scalars(window) | {"lr": float(session.parts.lr(step - 1))} | timing
+    with clock.paused("counting FLOPs"):
+        used = usage(timing, session.flops(), list(session.mesh.devices.flat))
+    values = steps.scalars(window) | {"lr": float(session.parts.lr(step - 1))} | timing | used
     session.writer.write_scalars(step, values)
+
+
+def averaged(session: Session, state: TrainState) -> dict:
+    """The parameters that the run is judged by: its first average, or the parameters where it keeps none."""
+    return state.ema[session.config.ema[0]] if session.config.ema else state.params
+
+
+def conclude(session: Session, clock: Clock, step: int, state: TrainState) -> None:
+    """Writes the summary of this start of the run."""
+    session.writer.flush()
+    facts = {
+        "step": step,
+        "last_step": last_step(session.config),
+        "batch_size": session.config.batch_size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "devices": f"{session.mesh.size} {session.mesh.devices.flat[0].device_kind}",
+        "checkpoints": session.checkpoints.steps(),
+    }
+    session.terminal.write_texts(step, {"summary": summarize(session.workdir, facts, clock.seconds())})
 
 
 def mean_loss(windows: list[steps.Metrics]) -> float:
@@ -189,3 +236,5 @@ def file_writers(config: ConfigDict, workdir: str, step: int) -> Iterator[writer
         board = writers.TensorBoard(os.path.join(workdir, "tensorboard"))
         board.write_hparams(configs.flat(config))
         yield board
+    if config.sample_every:
+        yield writers.Pictures(os.path.join(workdir, "samples"))

@@ -7,27 +7,54 @@ import time
 
 
 class Clock:
-    """Rates between log lines, without the time of checkpoints: steps per second, and the share of the time that was
-    spent waiting for data."""
+    """Rates between log lines, and the seconds that each kind of work took since the start.
 
-    def __init__(self, step: int):
-        self._start, self._step, self._waited = time.perf_counter(), step, 0.0
+    What is `paused` (checkpoints, samples) does not count in the rates; waiting for data does.
+
+    Args:
+      step: updates done before.
+      batch_size: images of one update.
+    """
+
+    def __init__(self, step: int, batch_size: int):
+        self._begun = self._start = time.perf_counter()
+        self._first, self._step, self._batch_size, self._waited = step, step, batch_size, 0.0
+        self._seconds: dict[str, float] = {"input": 0.0}
 
     @contextlib.contextmanager
     def waiting(self):
+        """Around what waits for the next batch."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        self._waited += elapsed
+        self._seconds["input"] += elapsed
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self, kind: str):
+        """Around work that is no training, such as `"checkpoints"`."""
         start = time.perf_counter()
         yield
-        self._start += time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        self._start += elapsed
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + elapsed
 
     def lap(self, step: int) -> dict[str, float]:
+        """The rates since the last lap, whose steps are known to be done by now.
+
+        `steps_per_s`, `step_ms`, `images_per_s`, and `data_wait`, the share of the time spent waiting for batches.
+        """
         now = time.perf_counter()
-        elapsed = max(now - self._start, 1e-9)
-        rates = {"steps_per_s": (step - self._step) / elapsed, "data_wait": self._waited / elapsed}
+        elapsed, done = max(now - self._start, 1e-9), step - self._step
+        rates = {
+            "steps_per_s": done / elapsed,
+            "step_ms": 1e3 * elapsed / max(done, 1),
+            "images_per_s": done * self._batch_size / elapsed,
+            "data_wait": self._waited / elapsed,
+        }
         self._start, self._step, self._waited = now, step, 0.0
         return rates
+
+    def seconds(self) -> dict[str, float]:
+        """Wall clock by kind since the clock was made: `"total"`, `"input"`, and each that was paused for."""
+        return {"total": time.perf_counter() - self._begun, **self._seconds}

@@ -15,6 +15,8 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 METRICS_FILE = "metrics.jsonl"
+# What a line on the terminal has room for.
+SHOWN = ("loss", "grad_norm", "lr", "images_per_s", "step_ms", "data_wait", "mfu")
 
 
 class Writer(Protocol):
@@ -91,7 +93,7 @@ class Terminal:
             self._bar.update(step - self._bar.n)
 
     def write_scalars(self, step, scalars):
-        shown = {k: f"{scalars[k]:.4g}" for k in ("loss", "grad_norm", "lr", "steps_per_s") if k in scalars}
+        shown = {k: f"{scalars[k]:.4g}" for k in SHOWN if k in scalars}
         if self._bar is not None:
             self._bar.set_postfix(shown)
             return
@@ -168,6 +170,37 @@ class TensorBoard:
 
     def close(self):
         self._writer.close()
+
+
+class Pictures:
+    """Each image as a PNG in a folder, `samples_001000.png` for the image `samples` at step 1000; nothing else."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    def write_images(self, step, images):
+        """Images [H, W, 1 or 3] uint8."""
+        from matplotlib.image import imsave
+
+        os.makedirs(self._folder, exist_ok=True)
+        for name, image in images.items():
+            rgb = np.broadcast_to(image, (*np.shape(image)[:2], 3))
+            imsave(os.path.join(self._folder, f"{name}_{int(step):06d}.png"), np.ascontiguousarray(rgb))
+
+    def write_scalars(self, step, scalars):
+        """A picture shows none."""
+
+    def write_texts(self, step, texts):
+        """A picture shows none."""
+
+    def write_hparams(self, hparams):
+        """The settings are in config.json."""
+
+    def flush(self):
+        """Every picture is on disk when it is written."""
+
+    def close(self):
+        """No file is kept open."""
 
 
 class Several:
