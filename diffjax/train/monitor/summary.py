@@ -35,16 +35,16 @@ def summarize(workdir: str, facts: Mapping[str, Any], seconds: Mapping[str, floa
 
 def _digest(rows) -> dict[str, Any]:
     """First, last and least loss, and the medians of what is logged of speed."""
-    if not rows:
-        return {"loss": {}, "median": {}}
     finite = [row for row in rows if row["loss"] is not None]
-    best = min(finite, key=lambda row: row["loss"], default=rows[-1])
+    if not finite:
+        return {"loss": {}, "median": {}}
+    best = min(finite, key=lambda row: row["loss"])
     speed = ("images_per_s", "step_ms", "data_wait", "tflops_per_s", "mfu")
     values = {key: sorted(row[key] for row in rows if row.get(key) is not None) for key in speed}
     memory = [row["memory_gib"] for row in rows if row.get("memory_gib") is not None]
     return {
         "loss": {
-            "first": rows[0]["loss"], "last": rows[-1]["loss"], "least": best["loss"], "least_at": best["step"],
+            "first": finite[0]["loss"], "last": finite[-1]["loss"], "least": best["loss"], "least_at": best["step"],
         },
         "median": {key: found[len(found) // 2] for key, found in values.items() if found},
         "memory_gib": max(memory) if memory else None,
