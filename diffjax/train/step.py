@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from diffjax import core
+from diffjax.train.parallel.accumulate import Gradient, RowLoss, whole
 from diffjax.train.parts import Parts
 from diffjax.train.state import TrainState
 
@@ -59,27 +60,37 @@ class Metrics(NamedTuple):
     batch: BatchStats
 
 
-def make_train_step(parts: Parts, config: ConfigDict) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
+def make_train_step(
+    parts: Parts, config: ConfigDict, gradient: Callable[[RowLoss], Gradient] = whole
+) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
     """`train_step(state, batch) -> (state, metrics)`, pure and jittable.
 
     The batch is `{"image": [B, H, W, C], "label": [B] int}`. Update i draws all its randomness (noise levels, noise,
-    label dropout, network dropout) from `fold_in(key(config.seed), i)`, so it is the same in a resumed run.
+    label dropout, network dropout) from `fold_in(key(config.seed), i)`, so it is the same in a resumed run. `gradient`
+    says how the gradient of a loss over rows is computed: at once, in microbatches, on several devices.
     """
     num_classes = parts.dataset.num_classes
 
-    def loss_fn(params, batch, key):
-        # Named streams: adding one later must not change the others.
-        key_time, key_noise, key_label, key_net = (jax.random.fold_in(key, i) for i in range(4))
+    def draw(batch, keys):
+        # All that is random is drawn for the whole batch: whoever computes a part of it computes the same.
         x0 = batch["image"]
-        level = parts.schedule(parts.time(key_time, len(x0)))
-        y = drop_labels(key_label, batch["label"], config.label_dropout, num_classes) if num_classes else None
-        f = lambda x, t: parts.model.apply(params, x, t, y, key=key_net)
-        losses = core.loss(f, parts.head, x0, level, key=key_noise, weight=parts.weight)
-        return jnp.mean(losses), (losses, level.logsnr, y)
+        eps = jax.random.normal(keys["noise"], x0.shape, jnp.promote_types(x0.dtype, jnp.float32))
+        y = drop_labels(keys["label"], batch["label"], config.label_dropout, num_classes) if num_classes else None
+        return {"x0": x0, "t": parts.time(keys["time"], len(x0)), "eps": eps, "y": y}
+
+    def loss_fn(params, rows, key):
+        level = parts.schedule(rows["t"])
+        f = lambda x, t: parts.model.apply(params, x, t, rows["y"], key=key)
+        losses = core.loss(f, parts.head, rows["x0"], level, eps=rows["eps"], weight=parts.weight)
+        return losses, level.logsnr
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        (loss, (losses, logsnr, y)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        # Named streams: adding one later must not change the others.
+        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(("time", "noise", "label", "net"))}
+        rows = draw(batch, keys)
+        losses, logsnr, grads = gradient(loss_fn)(state.params, rows, keys["net"])
+        loss, y = jnp.mean(losses), rows["y"]
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
