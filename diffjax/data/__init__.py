@@ -2,7 +2,8 @@
 
 from diffjax.data.pipeline import AUGMENTS, batches
 from diffjax.data.sources import ArraySource, Dataset, Pixels, arrays, digits, npz
+from diffjax.data.synthetic import synthetic
 
-SOURCES = {"digits": digits, "npz": npz}
+SOURCES = {"digits": digits, "npz": npz, "synthetic": synthetic}
 
-__all__ = ["AUGMENTS", "SOURCES", "ArraySource", "Dataset", "Pixels", "arrays", "batches", "digits", "npz"]
+__all__ = ["AUGMENTS", "SOURCES", "ArraySource", "Dataset", "Pixels", "arrays", "batches", "digits", "npz", "synthetic"]

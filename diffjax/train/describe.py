@@ -11,15 +11,14 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
 from diffjax.train import config as configs
 from diffjax.train import paths
-from diffjax.train import step as steps
 from diffjax.train.parallel import sharding
+from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parts import prepare
-from diffjax.train.setup import abstract_batch, compile_step, use_compile_cache
+from diffjax.train.setup import compile_step, use_compile_cache
 from diffjax.train.state import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy", "scikit-learn")
@@ -49,8 +48,10 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
         f"mesh: {dict(mesh.shape)} over {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
         f"sharding {config.sharding!r}\n"
     )
-    count = flops(jax.make_jaxpr(steps.make_train_step(parts, config))(state, abstract_batch(config, parts)).jaxpr)
-    text += f"one step of batch {config.batch_size}: {count:.4g} FLOPs in matrix products and convolutions"
+    count = step_flops(config, parts)
+    text += f"one step of batch {config.batch_size}: {count.model:.4g} FLOPs in matrix products and convolutions"
+    if count.hardware > count.model:
+        text += f" ({count.hardware:.4g} with what rematerialisation repeats)"
     if compile:
         memory = compile_step(config, parts, mesh, places)[0].memory_analysis()
         text += f", {_size(memory.temp_size_in_bytes)} of temporary memory per device" if memory else ""
@@ -89,30 +90,6 @@ def machine() -> str:
         there = importlib.util.find_spec(module) is not None
         lines.append(f"  {extra}: {what}, " + ("installed" if there else f"missing: pip install 'diffjax[{extra}]'"))
     return "\n".join(lines) + "\n"
-
-
-def flops(jaxpr) -> float:
-    """Floating-point operations (2 per multiply and add) of the matrix products and convolutions of a jaxpr.
-
-    Scans count once per iteration, conditionals their dearest branch, loops of unknown length one iteration. XLA's own
-    `cost_analysis` counts the body of a scan once.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / features
-        elif eqn.primitive.name == "cond":
-            total += max(flops(branch.jaxpr) for branch in eqn.params["branches"])
-        else:
-            inner = sum(flops(sub) for sub in jaxprs_in_params(eqn.params))
-            total += inner * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else inner
-    return total
 
 
 def _version(package: str) -> str:

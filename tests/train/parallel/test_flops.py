@@ -1,0 +1,96 @@
+"""Counted operations, against hand counts and against XLA where XLA counts right."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from diffjax import registry
+from diffjax.models import MODELS
+from diffjax.models.presets import preset
+from diffjax.train.parallel import flops
+from diffjax.train.parallel.flops import step_flops
+from diffjax.train.parts import prepare
+from diffjax.train.setup import abstract_batch
+from diffjax.train.state import abstract_state
+from diffjax.train.step import make_train_step
+
+
+def count(f, *shapes):
+    return flops.count_flops(f, *(jnp.zeros(s) for s in shapes))
+
+
+def test_flops_of_products_scans_and_branches():
+    matmul = 2 * 3 * 5 * 7
+    assert count(jnp.matmul, (3, 5), (5, 7)) == matmul
+    assert count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * matmul
+    assert count(jax.jit(jnp.matmul), (3, 5), (5, 7)) == matmul
+    repeat = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=6)[0]
+    assert count(repeat, (3, 5), (5, 5)) == 6 * 2 * 3 * 5 * 5
+    branch = lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x)
+    assert count(branch, (3, 5), (5, 5)) == 2 * 2 * 3 * 5 * 5
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_flops_of_a_convolution_and_its_gradients(groups):
+    def conv(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        )
+
+    # Each of the 2 x 6 x 6 x 12 outputs is a sum of 3 x 3 x 8 / groups products.
+    once = 2 * (2 * 6 * 6 * 12) * 9 * 8 // groups
+    shapes = (2, 8, 8, 8), (3, 3, 8 // groups, 12)
+    assert count(conv, *shapes) == once
+    if groups == 1:
+        # Forward, the weights' gradient with as many products, the input's with the zeros of its padding, at 8 x 8.
+        grads = jax.grad(lambda x, w: conv(x, w).sum(), argnums=(0, 1))
+        assert count(grads, *shapes) == pytest.approx(2 * once + once * 8 * 8 / (6 * 6))
+
+
+def test_flops_agree_with_xla_on_a_network_without_loops():
+    config, parts = prepare(ConfigDict(dict(batch_size=64, model=dict(name="mlp", width=128, depth=2))))
+    xla = jax.jit(make_train_step(parts, config)).lower(abstract_state(parts), abstract_batch(config, parts))
+    # XLA counts the elementwise operations as well, of which random numbers and Adam have many.
+    assert 0.5 * xla.cost_analysis()["flops"] < step_flops(config, parts).model < xla.cost_analysis()["flops"]
+
+
+def test_dit_xl_2_has_its_published_size_and_cost():
+    # Peebles & Xie 2023, arXiv:2212.09748, Table 4: 675 M parameters and 118.64 Gflops at 32 x 32 x 4, where they count
+    # a multiply and an add as one.
+    model = registry.build(preset("dit_xl_2"), MODELS, "model", shape=(32, 32, 4), num_classes=1000)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(675e6, rel=1e-3)
+    abstract = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    found = flops.count_flops(model.apply, params, *abstract, jax.ShapeDtypeStruct((1,), jnp.int32))
+    assert found / 2e9 == pytest.approx(118.64, rel=1e-3)
+
+
+def test_flops_of_a_dit_step_are_its_closed_form_and_remat_repeats_the_blocks():
+    width, depth, tokens, batch, classes, patch = 32, 3, 16, 8, 10, 4
+    blocks = depth * (24 * tokens * width**2 + 4 * tokens**2 * width + 12 * width**2)
+    pixels = 2 * (16 // patch**2 * patch**2) * width  # per token, into the tokens; the same out of them
+    cond = 2 * (256 * width + width**2)
+    rest = cond + tokens * 2 * pixels + 2 * 2 * width**2
+    model = dict(name="dit", patch=patch, width=width, depth=depth, heads=2)
+    given = dict(data=f"synthetic(shape=(16, 16, 1), num_classes={classes})", batch_size=batch, model=model)
+    kept = step_flops(*prepare(ConfigDict(given)))
+    # The gradients take two products for each of the forward pass, but the images' own gradient and that of the
+    # sinusoids are not wanted.
+    expected = 3 * (blocks + rest) - tokens * pixels - 2 * 256 * width
+    # Two means of a layer norm, and their gradients, are products with a vector; so are the 8 bins of the loss.
+    mean = 2 * tokens * width
+    expected = batch * (expected + (2 * depth + 1) * 4 * mean + 2 * 8)
+    assert kept.model == kept.hardware == pytest.approx(expected, rel=1e-12)
+    model["remat"] = True
+    again = step_flops(*prepare(ConfigDict(given)))
+    assert again.model == kept.model
+    # Every block is computed once more, its last product too: the gradient of the gate needs it.
+    assert again.hardware - again.model == pytest.approx(batch * (blocks + 2 * depth * 2 * mean), rel=1e-12)
+
+
+def test_flops_of_a_shard_map_are_those_of_all_devices():
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    assert count(split, (8, 5), (5, 7)) == 2 * 8 * 5 * 7
