@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -89,9 +90,6 @@ def assemble(config: ConfigDict) -> Parts:
     for spec in config.ema:
         with naming("config.ema"):
             averages[spec] = registry.build(spec, optim.EMAS, "ema")
-    with naming("config.optim"):
-        optimizer = optim.build_optimizer(config.optim, config.num_steps)
-        lr = optim.build_lr(config.optim, config.num_steps)
     dataset = _build(config, "data", data.SOURCES)
     checks.check_guidance(config, dataset.num_classes)
     with naming("config.augment"):
@@ -101,10 +99,14 @@ def assemble(config: ConfigDict) -> Parts:
             f"config.batch_size is {config.batch_size}; it must be at most the {len(dataset.train)} training items"
             + FIX.format(path="config.batch_size")
         )
+    network = partial(registry.build, known=models.MODELS, kind="model", shape=dataset.shape)
+    network = partial(network, num_classes=dataset.num_classes)
     with naming("config.model"):
-        model = registry.build(
-            dict(config.model), models.MODELS, "model", shape=dataset.shape, num_classes=dataset.num_classes
-        )
+        model = network(dict(config.model))
+    with naming("config.optim"):
+        model, base = optim.with_base(model, config.optim.mup, dict(config.model), network)
+        optimizer = optim.build_optimizer(config.optim, config.num_steps, base=base)
+        lr = optim.build_lr(config.optim, config.num_steps)
     _check_model(config, model, dataset, optimizer)
     if config.tensorboard:
         with naming("config.tensorboard"):
