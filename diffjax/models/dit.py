@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
-from diffjax.models.checks import check_common, check_divides, check_least, network
+from diffjax.models.checks import check_common, check_divides, check_least, check_name, network
 from diffjax.nn import Condition, DiTBlock, functional, layer_norm, modulate, modulation, sincos_2d
 
 WAVES = 256  # channels of the time's sinusoids, whatever the width (DiT's TimestepEmbedder)
@@ -43,12 +43,12 @@ def unpatchify(x: jax.Array, patch: int, shape: tuple[int, int, int]) -> jax.Arr
 class DiT(nnx.Module):
     """The module of `dit`; the parameters of all blocks are stacked along their first axis."""
 
-    def __init__(self, shape, num_classes, patch, width, depth, heads, hidden, dropout, dtype, time, loop, rngs):
+    def __init__(self, shape, num_classes, patch, width, depth, heads, hidden, dropout, scale, dtype, time, loop, rngs):
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros_init()
         pixels = patch * patch * shape[-1]
         self.cond = Condition(width, num_classes, **time, dtype=dtype, rngs=rngs)
         self.inp = nnx.Linear(pixels, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        settings = dict(dropout_rate=dropout, dtype=dtype)
+        settings = dict(dropout_rate=dropout, scale=scale, dtype=dtype)
         keys = jax.random.split(rngs.params(), depth)
         self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **settings, rngs=nnx.Rngs(k)))(keys)
         self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
@@ -85,7 +85,8 @@ class DiT(nnx.Module):
 def dit(
     *, shape: tuple[int, int, int], num_classes: int = 0, patch: int = 2, width: int = 384, depth: int = 12,
     heads: int = 6, mlp_ratio: float = 4.0, dropout: float = 0.0, dtype: str = "float32",
-    time_embed: str = "sinusoidal", time_scale: float = 1000.0, scan: bool = True, remat: bool = False,
+    time_embed: str = "sinusoidal", time_scale: float = 1000.0, attention_scale: str = "sqrt",
+    scan: bool = True, remat: bool = False,
 ) -> Model:  # fmt: skip
     """DiT (arXiv:2212.09748) with adaLN-Zero; its output starts at zero.
 
@@ -98,6 +99,7 @@ def dit(
       dropout: rate on both branches of a block, in calls with a key (the paper has none).
       dtype: of the computation: "float32", "bfloat16" or "float16"; parameters are float32.
       time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
+      attention_scale: "sqrt" or, for widths at which the heads grow as well, "mup"; see `diffjax.nn.SelfAttention`.
       scan: run the blocks in a `lax.scan`, which compiles in a time that does not grow with the depth; False unrolls.
       remat: recompute a block's activations in the backward pass instead of keeping them.
 
@@ -110,6 +112,7 @@ def dit(
     """
     config = dict(locals(), name="dit", shape=tuple(shape))
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
+    check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
     check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)
     check_divides("dit", "patch", patch, "the image sides", shape[0], shape[1])
     check_divides("dit", "heads", heads, "the width", width)
@@ -120,6 +123,6 @@ def dit(
     if hidden < 1:
         raise ValueError(f"dit: mlp_ratio={mlp_ratio}: expected a positive number such as 4.0")
     time = dict(waves=WAVES, time_embed=time_embed, time_scale=time_scale)
-    rest = (patch, width, depth, heads, hidden, dropout, jnp.dtype(dtype), time, (scan, remat))
+    rest = (patch, width, depth, heads, hidden, dropout, attention_scale, jnp.dtype(dtype), time, (scan, remat))
     module = functional(lambda rngs: DiT(shape, num_classes, *rest, rngs))
     return Model(*network("dit", tuple(shape), module), config=config, rules=RULES)

@@ -42,9 +42,11 @@ class DiTBlock(nnx.Module):
     Attention, then a perceptron; each normalised, modulated and gated by `cond [B, cond_width]`. The identity at first.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, dropout_rate: float = 0.0, dtype, rngs):
+    def __init__(
+        self, width: int, heads: int, hidden: int, *, dropout_rate: float = 0.0, scale: str = "sqrt", dtype, rngs
+    ):
         self.modulation = modulation(width, width, 3, dtype=dtype, rngs=rngs)
-        self.attention = SelfAttention(width, heads, dtype=dtype, rngs=rngs)
+        self.attention = SelfAttention(width, heads, scale=scale, dtype=dtype, rngs=rngs)
         self.mlp = MLPBlock(width, hidden, cond_width=width, dropout_rate=dropout_rate, dtype=dtype, rngs=rngs)
         self.dropout_rate = dropout_rate
 

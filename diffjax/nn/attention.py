@@ -14,18 +14,21 @@ class SelfAttention(nnx.Module):
     Args:
       heads: must divide `width`.
       zero: start with a zero output projection, so that a residual branch starts as nothing.
+      scale: what the products of queries and keys of d channels are multiplied by: "sqrt" for `1 / sqrt(d)`, "mup" for
+        `8 / d`, which keeps its size when heads grow (Yang et al. 2022, arXiv:2203.03466, Definition 4.1; the 8 makes
+        both equal at the usual d = 64).
     """
 
-    def __init__(self, width: int, heads: int, *, zero: bool = False, dtype, rngs):
+    def __init__(self, width: int, heads: int, *, zero: bool = False, scale: str = "sqrt", dtype, rngs):
         init = nnx.initializers.zeros_init() if zero else nnx.initializers.xavier_uniform()
         self.qkv = nnx.Linear(width, 3 * width, kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.heads = heads
+        self.heads, self.scale = heads, {"sqrt": None, "mup": 8 * heads / width}[scale]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=self.scale)
         return self.out(mixed.reshape(x.shape))
 
 
