@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core.types import Array, Denoiser, Level, Prediction, Solver, Step, namespace
-from diffjax.sampling.solvers.basic import pairs
+from diffjax.sampling.solvers.basic import moving
 
 POTENTIALS = ("difference", "max", "sum")
 
@@ -87,9 +87,8 @@ def smc(
         if len(x) % particles:
             raise ValueError(f"smc: expected a batch of whole groups of {particles} particles, got {len(x)} samples")
         memory, coef = solver.init(x, levels)
-        level, following = pairs(levels)
         xp = namespace(*levels)
-        moves = (level.alpha != following.alpha) | (level.sigma != following.sigma)
+        moves = moving(levels)
         last = moves & (xp.cumsum(moves[::-1])[::-1] == 1)  # steps that do not move are skipped
         look = moves & ((xp.cumsum(moves) - 1) % every == 0)
         zero = jnp.zeros(len(x), x.dtype)

@@ -20,7 +20,7 @@ import numpy as np
 
 from diffjax.core.oracle import Gaussian
 from diffjax.core.types import Array, Level, Prediction, Solver, Step, namespace
-from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.basic import divide, moving, pairs
 
 # Past this the prediction of x0 no longer changes in float32: the data's own std is lost in the noise. It stands for
 # s = inf as an interpolation node.
@@ -51,7 +51,7 @@ class Compact(NamedTuple):
 def compact(levels: Level) -> Compact:
     """The grid with its moving steps first, so that "the step before" is the one before that moved."""
     xp = namespace(*levels)
-    moves = (levels.alpha[1:] != levels.alpha[:-1]) | (levels.sigma[1:] != levels.sigma[:-1])
+    moves = moving(levels)
     order = xp.argsort(~moves, stable=True)
     starts = Level(*(xp.where(moves[order], field[:-1][order], field[-1]) for field in levels))
     level = Level(*(xp.concatenate([a, b[-1:]]) for a, b in zip(starts, levels, strict=True)))

@@ -30,6 +30,18 @@ def pairs(levels: Level) -> tuple[Level, Level]:
     return levels.at(slice(None, -1)), levels.at(slice(1, None))
 
 
+def moving(levels: Level) -> Array:
+    """Which steps have a length, [n] bool: `sample` skips those between equal levels, so they count for nothing."""
+    level, following = pairs(levels)
+    return (level.alpha != following.alpha) | (level.sigma != following.sigma)
+
+
+def remaining(levels: Level) -> Array:
+    """How many steps are left that move, this one included, [n]: 1 on the last."""
+    xp = namespace(*levels)
+    return xp.cumsum(xp.where(moving(levels), 1, 0)[::-1])[::-1]
+
+
 def divide(a: Array, b: Array) -> Array:
     """`a / b`, and 0 where `b` is 0; safe in gradients."""
     xp = namespace(a, b)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core.types import Array, Level, Solver, Step, namespace
-from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.basic import divide, moving, pairs
 
 PREDICT = ("x0", "eps")
 VARIANTS = ("bh1", "bh2")
@@ -49,9 +49,8 @@ def history(levels: Level, width: int, usable: Array) -> History:
       width: the most predictions that a step combines, its own included.
       usable: [n + 1] whether the method's variable is finite at a level; one that is not ends the history.
     """
-    level, following = pairs(levels)
     xp = namespace(*levels)
-    moves = (level.alpha != following.alpha) | (level.sigma != following.sigma)
+    moves = moving(levels)
     steps = xp.arange(moves.shape[0])
     latest = xp.where(moves, steps, -1)
     latest = np.maximum.accumulate(latest) if xp is np else jax.lax.cummax(latest)

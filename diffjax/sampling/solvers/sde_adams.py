@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core.types import Array, Level, Solver, Step, namespace
-from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.basic import divide, moving, pairs, remaining
 from diffjax.sampling.solvers.stochastic import check_amount, check_known, shrink
 
 # c is the scale below which b is no longer logarithmic; all but "log" are finite at s = 0.
@@ -30,11 +30,6 @@ BASES = {
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 # Cubed, so that a logarithm at w = 0 (a step from alpha = 0, or a long one) is integrated to 1e-8.
 _NODES, _WEIGHTS = ((_NODES + 1) / 2) ** 3, _WEIGHTS / 2 * 3 * ((_NODES + 1) / 2) ** 2
-
-
-def _moves(levels: Level) -> Array:
-    level, following = pairs(levels)
-    return (level.alpha != following.alpha) | (level.sigma != following.sigma)
 
 
 def _finite(levels: Level) -> tuple[Array, Array]:
@@ -51,7 +46,7 @@ def _history(levels: Level, cap: int) -> Array:
     """
     xp = namespace(*levels)
     _, finite = _finite(levels)
-    offers = _moves(levels) & finite[:-1]
+    offers = moving(levels) & finite[:-1]
     count = xp.ones(offers.shape, int)
     run = xp.ones(offers.shape, bool)
     for _ in range(cap - 1):
@@ -68,11 +63,6 @@ def _in_reach(levels: Level, basis: Callable, limit: float = 4.0) -> Array:
     b = basis(xp, s)
     length = xp.abs(b[1:] - b[:-1])
     return length <= limit * _shifted(length, 1)
-
-
-def _remaining(levels: Level) -> Array:
-    xp = namespace(*levels)
-    return xp.cumsum(xp.where(_moves(levels), 1, 0)[::-1])[::-1]
 
 
 def _shifted(a: Array, by: int) -> Array:
@@ -154,7 +144,7 @@ def _adams(levels: Level, tau: Array, counts: tuple, orders: tuple, basis: Calla
     }
     if not orders[1]:
         return coef
-    redo = _shifted(_moves(levels) & (counts[1] > 1), 1) & (xp.arange(len(tau)) > 0)
+    redo = _shifted(moving(levels) & (counts[1] > 1), 1) & (xp.arange(len(tau)) > 0)
     weights = stack(_corrector(levels, q, counts[1], orders[1], basis, taylor))
     return coef | {"redo": redo, "again": level.alpha[:, None] * weights}
 
@@ -262,7 +252,7 @@ def sa_solver(
         level, following = pairs(levels)
         known = _history(levels, max(predictor_order, corrector_order, 1))
         smooth = (level.alpha > 0) & (following.sigma > 0)
-        left = _remaining(levels)
+        left = remaining(levels)
         final = left if lower_order_final else xp.full_like(left, 9)
         count = xp.where(smooth, xp.minimum(xp.minimum(known, predictor_order), xp.maximum(final, 1)), 1)
         more = xp.where(smooth, xp.minimum(xp.minimum(known + 1, max(corrector_order, 1)), final + 1), 1)
@@ -270,7 +260,7 @@ def sa_solver(
         variable = lambda xp, s: -BASES["log"](xp, s, 1.0)
         table = _adams(levels, noise, (count, more), orders, variable, taylor)
         if corrector_order == 1:  # the prediction at the end of the step alone; on by itself
-            table["redo"] = _shifted(_moves(levels) & smooth, 1) & (xp.arange(len(noise)) > 0)
+            table["redo"] = _shifted(moving(levels) & smooth, 1) & (xp.arange(len(noise)) > 0)
         return table
 
     return _solver(coefficients, orders, 1.0, callable(tau) or tau > 0)

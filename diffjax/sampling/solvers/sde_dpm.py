@@ -15,7 +15,7 @@ import numpy as np
 
 from diffjax.core.schedules import Schedule
 from diffjax.core.types import Array, Level, Solver, Step, namespace
-from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.basic import divide, pairs, remaining
 from diffjax.sampling.solvers.stochastic import check_amount, check_known, first_order, shrink
 
 SOLVER_TYPES = ("midpoint", "heun")
@@ -31,14 +31,6 @@ def _lengths(levels: Level) -> tuple[Array, Array, Array]:
     h = xp.where(xp.isfinite(h) & (h > 0), h, 0.0)
     before = xp.concatenate([xp.zeros_like(h[:1]), h[:-1]])
     return h, before, xp.concatenate([xp.zeros_like(h[:1]), before[:-1]])
-
-
-def _remaining(levels: Level) -> Array:
-    """How many steps are left that move, this one included: 1 on the last."""
-    level, following = pairs(levels)
-    xp = namespace(*levels)
-    moves = xp.where((level.alpha != following.alpha) | (level.sigma != following.sigma), 1, 0)
-    return xp.cumsum(moves[::-1])[::-1]
 
 
 def _safe(a: Array) -> Array:
@@ -102,7 +94,7 @@ def sde_dpmpp_2m(
         xp = namespace(*levels)
         h, before, _ = _lengths(levels)
         _, following = pairs(levels)
-        use = (h > 0) & (before > 0) & (_remaining(levels) > lower_order_final)
+        use = (h > 0) & (before > 0) & (remaining(levels) > lower_order_final)
         total = (1 + eta) * h
         slope = xp.where(use, following.alpha * _slope(total, solver_type) * h / _safe(before), 0.0)
         return jnp.zeros_like(x), _base(levels, eta, s_noise) | {"slope": slope}
@@ -161,7 +153,7 @@ def sde_dpmpp_3m(
         xp = namespace(*levels)
         h, before, earlier = _lengths(levels)
         _, following = pairs(levels)
-        left = _remaining(levels)
+        left = remaining(levels)
         highest = xp.where(left <= lower_order_final, left, 3)
         two = (h > 0) & (before > 0) & (highest > 1)
         three = two & (earlier > 0) & (highest > 2)
@@ -268,7 +260,7 @@ def sde_dpm_2m(solver_type: str = "midpoint", *, order: int = 2, lower_order_fin
         grown = divide(following.alpha, level.alpha) * level.sigma
         gap, clean = grown - following.sigma, following.sigma == 0
         slope = gap if solver_type == "midpoint" else 2 * (gap / _safe(h) - following.sigma)
-        use = (h > 0) & (before > 0) & (_remaining(levels) > lower_order_final) & (order > 1)
+        use = (h > 0) & (before > 0) & (remaining(levels) > lower_order_final) & (order > 1)
         return jnp.zeros_like(x), {
             "x": xp.where(clean, 0.0, divide(following.alpha, level.alpha)),
             "x0": xp.where(clean, following.alpha, 0.0),

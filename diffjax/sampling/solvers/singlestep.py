@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from diffjax.core.types import Array, Level, Solver, Step, namespace
-from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.basic import divide, moving, pairs
 from diffjax.sampling.solvers.multistep import (
     PREDICT,
     half_logsnr,
@@ -83,8 +83,7 @@ def _rows(levels: Level, order: int, predict: str, solver_type: str, lower_order
     stage = (past.position - offset) % order
     last = past.position == past.total - 1
     single = ~(finite[1:] & finite[:-1]) | (last & lower_order_final & (past.total % order == 0))
-    moves = (level.alpha != following.alpha) | (level.sigma != following.sigma)
-    stage = xp.where(single | ~moves, 0, stage)
+    stage = xp.where(single | ~moving(levels), 0, stage)
     index = [past.index[:, j] for j in range(order)]  # of the predictions made j steps ago
     begin = index[0]
     for j in range(1, order):

@@ -15,7 +15,7 @@ import numpy as np
 
 from diffjax.core.schedules import Schedule
 from diffjax.core.types import Array, Level, Prediction, Solver, Step, namespace
-from diffjax.sampling.solvers.basic import divide, pairs
+from diffjax.sampling.solvers.basic import divide, moving, pairs
 
 VARIANCES = ("beta_tilde", "beta", "learned", "learned_range")
 
@@ -273,8 +273,7 @@ def churn(
     def raised(levels):
         level, following = pairs(levels)
         xp = namespace(*levels)
-        # Steps between equal levels are skipped, so they do not count.
-        n = xp.sum((level.alpha != following.alpha) | (level.sigma != following.sigma))
+        n = xp.sum(moving(levels))
         s = xp.where(level.alpha > 0, divide(level.sigma, level.alpha), xp.inf)
         gamma = xp.where((s >= s_tmin) & (s <= s_tmax), xp.minimum(s_churn / xp.maximum(n, 1), 2**0.5 - 1), 0.0)
         finite = xp.where((s > 0) & xp.isfinite(s), s, 1.0)
