@@ -45,6 +45,7 @@ class Metrics(NamedTuple):
       bin_loss: [8] sum of the losses of the samples in each bin of log-SNR.
       bin_count: [8] how many samples that was.
       grad_norm: sum of the global norms of the gradient, before clipping.
+      update_norm: sum of the global norms of what was added to the parameters.
       param_norm: global norm of the parameters after the last step.
       bad_step: index (from 0) of the first step whose loss, gradient or parameters are not finite, else `NEVER`.
       batch: that step's batch, else that of the last step.
@@ -55,6 +56,7 @@ class Metrics(NamedTuple):
     bin_loss: jax.Array
     bin_count: jax.Array
     grad_norm: jax.Array
+    update_norm: jax.Array
     param_norm: jax.Array
     bad_step: jax.Array
     batch: BatchStats
@@ -106,6 +108,7 @@ def make_train_step(
             bin_loss=losses @ count,
             bin_count=jnp.sum(count, axis=0),
             grad_norm=grad_norm,
+            update_norm=optax.tree.norm(updates),
             param_norm=param_norm,
             bad_step=jnp.where(finite, NEVER, state.step),
             batch=batch_stats(batch["image"], y, num_classes)._replace(
@@ -148,7 +151,7 @@ def empty_window(num_classes: int) -> Metrics:
     zero = np.zeros((), np.float32)
     bins = np.zeros(len(LOGSNR_EDGES) + 1, np.float32)
     stats = BatchStats(zero, zero, zero, zero, np.zeros(num_classes + 1, np.int32), zero, zero, zero)
-    return Metrics(np.zeros((), np.int32), zero, bins, bins, zero, zero, np.array(NEVER, np.int32), stats)
+    return Metrics(np.zeros((), np.int32), zero, bins, bins, zero, zero, zero, np.array(NEVER, np.int32), stats)
 
 
 def add(window: Metrics, metrics: Metrics) -> Metrics:
@@ -181,6 +184,7 @@ def scalars(window: Metrics) -> dict[str, float]:
     values = {
         "loss": float(window.loss) / steps,
         "grad_norm": float(window.grad_norm) / steps,
+        "update_norm": float(window.update_norm) / steps,
         "param_norm": float(window.param_norm),
     }
     for name, total, count in zip(bins, window.bin_loss, window.bin_count, strict=True):

@@ -93,6 +93,8 @@ def test_one_step_of_gradient_descent_lands_on_the_mean_target(make):
     assert float(state.params["b"]) == pytest.approx(-VALUE, abs=5 / np.sqrt(8192))
     # And the gradient there was 2 (b - mean u) = -2 mean u.
     assert float(metrics.grad_norm) == pytest.approx(2 * abs(float(state.params["b"])), rel=1e-5)
+    # It began at zero, so the update is where it is now.
+    assert float(metrics.update_norm) == pytest.approx(abs(float(state.params["b"])), rel=1e-6)
     assert int(state.step) == 1 and int(metrics.bad_step) == steps.NEVER
 
 
@@ -157,6 +159,7 @@ def test_the_window_sums_what_the_steps_return(make):
     values = steps.scalars(jax.device_get(window))
     assert values["loss"] == pytest.approx(np.mean([float(m.loss) for m in seen]), rel=1e-6)
     assert values["grad_norm"] == pytest.approx(np.mean([float(m.grad_norm) for m in seen]), rel=1e-6)
+    assert values["update_norm"] == pytest.approx(np.mean([float(m.update_norm) for m in seen]), rel=1e-6)
     assert values["param_norm"] == pytest.approx(abs(float(state.params["b"])), rel=1e-6)
     assert float(jnp.sum(window.bin_count)) == 3 * BATCH
 
