@@ -95,6 +95,7 @@ def digits(arg, model):
 
     config.log_every = 20 if arg.smoke else 100
     config.checkpoint_every = 30 if arg.smoke else 500
+    config.sample_every = 0 if arg.smoke else 500
 
     config.sample = ConfigDict(dict(solver="dpmpp_2m()", steps=20, spacing="karras(s_max=20.0)"))
     config.sample.guidance, config.sample.interval = recipe["guidance"], (0.1, 1.0)
@@ -103,4 +104,23 @@ def digits(arg, model):
         config.batch_size = 32
         config.sample.steps = 5
         config.eval.num_samples = 64
+    return config
+
+
+def dit(arg, *, shape, sizes, batch, steps, remat=False):
+    """A class-conditional DiT with patches of 2 on latents of `shape`, in bfloat16, with the recipe of Peebles & Xie.
+
+    Arguments: `batch`, `steps`, `remat`, `seed`.
+    """
+    arg = parse_arg(arg, batch=batch, steps=steps, remat=remat, seed=0)
+    config = ConfigDict()
+    config.seed, config.batch_size, config.num_steps = arg.seed, arg.batch, arg.steps
+    config.data = f"synthetic(shape={shape}, num_classes=1000)"
+    config.schedule, config.head, config.time = "ddpm()", "eps", "discrete(num_steps=1000)"
+    config.label_dropout = 0.1
+    config.model = ConfigDict(dict(name="dit", patch=2, dtype="bfloat16", remat=arg.remat, **sizes))
+    config.optim = ConfigDict(dict(name="adam", lr=1e-4, b2=0.999, clip=0.0))
+    config.ema = ("decay(0.9999)",)
+    config.log_every, config.checkpoint_every = 100, 5000
+    config.sample = ConfigDict(dict(solver="ddim()", steps=50, spacing="uniform()", guidance=1.5))
     return config
