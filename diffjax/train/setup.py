@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.train import step as steps
+from diffjax.train.init_from import first_state_from
 from diffjax.train.parallel import sharding
 from diffjax.train.parts import Parts
 from diffjax.train.state import TrainState, abstract_state, init_state
 
 
 def first_state(config, parts: Parts, checkpoints, iterator, state_sharding) -> tuple[int, TrainState]:
-    """The newest checkpoint (the iterator is set to it as well), or the initial state at step 0."""
+    """The newest checkpoint (the iterator is set to it as well), or the state at step 0: the initial one, or the one
+    that `config.init_from` gives."""
     like = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract_state(parts),
@@ -23,6 +25,8 @@ def first_state(config, parts: Parts, checkpoints, iterator, state_sharding) -> 
     restored = checkpoints.restore(like, iterator)
     if restored is not None:
         return int(restored[0]), restored[1]
+    if config.init_from:
+        return 0, first_state_from(config, parts, state_sharding)
     key = jax.random.key(config.seed)
     init = jax.jit(lambda key: init_state(parts, key), out_shardings=state_sharding).lower(key)
     # It runs once, and compiling it optimised takes longer than compiling the step: 22 s against 5 s for a small U-Net.

@@ -1,0 +1,231 @@
+"""A new run from the parameters of another one, or of a folder of weights: `config.init_from`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffjax.train import paths
+from diffjax.train.errors import ConfigError
+from diffjax.train.parts import Parts
+from diffjax.train.state import CHECKPOINTS, RAW, TrainState, abstract_state, choose_ema, init_params, start_state
+from diffjax.train.workdir import CONFIG_FILE, read_config
+
+WEIGHTS = "params.safetensors"
+
+
+class Leaf(NamedTuple):
+    """A stored array that is read when it is needed.
+
+    Attributes:
+      shape: of the whole array.
+      read: `index -> array`, the part that a tuple of slices names.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[tuple], np.ndarray]
+
+
+def save_params(folder: str | os.PathLike, params: Mapping) -> Path:
+    """Writes `params` as `folder/params.safetensors` with names `a/b/c`, a weight folder for `init_from`; its path.
+
+    The folder is made where missing, and the file appears in one move.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {name: np.array(leaf, order="C") for name, leaf in paths.named_leaves(params).items()}
+    path = folder / WEIGHTS
+    save_file(named, path.with_name(path.name + ".part"))
+    os.replace(path.with_name(path.name + ".part"), path)
+    return path
+
+
+def first_state_from(config: ConfigDict, parts: Parts, state_sharding: TrainState) -> TrainState:
+    """The state at step 0 with the parameters that `config.init_from` names, averages and optimiser started from them.
+
+    One array at a time is read and placed, each device's part of it where the source can be read in parts.
+
+    Raises:
+      ConfigError: if the source cannot be read or does not account for every parameter; lists every missing,
+        unexpected and misshapen name.
+    """
+    wanted, source = abstract_state(parts).params, open_source(config)
+    leaves = paths.named_leaves(wanted)
+    found = matched(config, {name: leaf.shape for name, leaf in leaves.items()}, source)
+    shardings = dict(zip(leaves, jax.tree.leaves(state_sharding.params), strict=True))
+    absent = [name for name in leaves if name not in found]
+    placed = fresh(parts, config.seed, absent, shardings) if absent else {}
+    for name, leaf in found.items():
+        like = leaves[name]
+        read = lambda index, leaf=leaf, like=like: np.asarray(leaf.read(index)).astype(like.dtype)
+        placed[name] = jax.make_array_from_callback(like.shape, shardings[name], read)
+    params = jax.tree_util.tree_map_with_path(lambda path, _: placed[paths.name(path)], wanted)
+    return jax.jit(lambda params: start_state(parts, params), out_shardings=state_sharding)(params)
+
+
+def fresh(parts: Parts, seed: int, names: list[str], shardings: Mapping) -> dict[str, jax.Array]:
+    """The named parameters as a run of that seed would start with them, and no others."""
+
+    def init(key):
+        every = paths.named_leaves(init_params(parts, key))
+        return {name: every[name] for name in names}
+
+    places = {name: shardings[name] for name in names}
+    return jax.jit(init, out_shardings=places)(jax.random.key(seed))
+
+
+def matched(config: ConfigDict, wanted: Mapping[str, tuple], source: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """The arrays of `source` that the network takes, by name.
+
+    What `config.init_ignore` matches is left out of the source, whatever it holds; then every parameter must be there
+    in its shape, unless `config.init_missing` matches its name, and nothing may be left over. Rules are regexes, found
+    anywhere in `a/b/c`.
+
+    Raises:
+      ConfigError: else; lists all names.
+    """
+    left_out, optional = rules(config, "init_ignore"), rules(config, "init_missing")
+    kept = {name: leaf for name, leaf in source.items() if not left_out(name)}
+    missing = [name for name in wanted if name not in kept and not optional(name)]
+    unexpected = [name for name in kept if name not in wanted]
+    shapes = [(name, kept[name].shape, wanted[name]) for name in wanted if name in kept]
+    misshapen = [f"{name} {have} for {want}" for name, have, want in shapes if tuple(have) != tuple(want)]
+    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(wrong.values()):
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
+        raise ConfigError(
+            f"config.init_from: {config.init_from!r} does not fit the network; {listed}. Let config.init_missing match "
+            "what may start afresh and config.init_ignore what may be left out (an array of another shape needs both)"
+        )
+    if not any(name in kept for name in wanted):
+        raise ConfigError(
+            f"config.init_from: nothing is left of {config.init_from!r} under these rules: no array is used"
+        )
+    return {name: leaf for name, leaf in kept.items() if name in wanted}
+
+
+def rules(config: ConfigDict, key: str) -> Callable[[str], bool]:
+    """Whether any regex of `config[key]` is found in a name.
+
+    Raises:
+      ConfigError: for a malformed regex.
+    """
+    try:
+        compiled = [re.compile(rule) for rule in config[key]]
+    except re.error as error:
+        raise ConfigError(
+            f"config.{key} is {config[key]!r}: {error}; give regular expressions over names a/b/c"
+        ) from None
+    return lambda name: any(rule.search(name) for rule in compiled)
+
+
+def open_source(config: ConfigDict) -> dict[str, Leaf]:
+    """The arrays of `config.init_from` by name `a/b/c`: a workdir's average, or the files of a weight folder.
+
+    Raises:
+      ConfigError: if it is neither, or its files cannot be told apart or read.
+    """
+    folder = Path(config.init_from)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"config.init_from is {config.init_from!r}; no such folder in {os.getcwd()!r}: give the workdir of a run, "
+            "or a folder with .safetensors or .npz files"
+        )
+    if (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS).is_dir():
+        return of_workdir(folder, config.init_ema)
+    if config.init_ema:
+        raise ConfigError(
+            f"config.init_ema is {config.init_ema!r}, but {config.init_from!r} is no workdir and has no averages: "
+            "leave it empty"
+        )
+    files = {kind: sorted(folder.glob(f"*.{kind}")) for kind in ("safetensors", "npz")}
+    kinds = [kind for kind, found in files.items() if found]
+    if len(kinds) != 1:
+        has = "both .safetensors and .npz files" if kinds else "no run, and no .safetensors or .npz file"
+        raise ConfigError(f"config.init_from: {config.init_from!r} holds {has}; one kind is read, all files of it")
+    reader = {"safetensors": of_safetensors, "npz": of_npz}[kinds[0]]
+    leaves: dict[str, Leaf] = {}
+    for file in files[kinds[0]]:
+        try:
+            found = reader(file)
+        except Exception as error:  # safetensors raises a type of its own, zipfile others
+            raise ConfigError(f"config.init_from: {file} cannot be read ({error}); write it again") from error
+        twice = sorted(set(found) & set(leaves))
+        if twice:
+            raise ConfigError(f"config.init_from: {file} names arrays that another file has too: {', '.join(twice)}")
+        leaves |= found
+    return leaves
+
+
+def of_workdir(workdir: Path, ema: str) -> dict[str, Leaf]:
+    """The newest sound checkpoint's average of a run (`"raw"`: its parameters; empty: its first average)."""
+    from diffjax.train.checkpoint import open_checkpoints
+
+    config = read_config(os.fspath(workdir))
+    chosen = choose_ema(config, ema or None)
+    checkpoints = open_checkpoints(os.fspath(workdir / CHECKPOINTS), keep=config.keep, best_metric="loss")
+    # In host memory: all of it may be more than one accelerator holds.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        restored = checkpoints.restore_part("params" if chosen == RAW else f"ema/{chosen}", None)
+    if restored is None:
+        raise ConfigError(f"config.init_from: {os.fspath(workdir)!r} holds no checkpoint yet; train it first")
+    return {name: whole(np.asarray(leaf)) for name, leaf in paths.named_leaves(restored[1]).items()}
+
+
+def whole(array: np.ndarray) -> Leaf:
+    """An array in memory as a `Leaf`."""
+    return Leaf(array.shape, lambda index: array[index])
+
+
+def of_safetensors(path: Path) -> dict[str, Leaf]:
+    """The arrays of a safetensors file; parts are read from the disk when they are asked for."""
+    from safetensors import safe_open
+
+    file = safe_open(os.fspath(path), framework="np")
+
+    def leaf(name: str) -> Leaf:
+        part = file.get_slice(name)
+        shape = tuple(part.get_shape())
+        if part.get_dtype() == "BF16":
+            return Leaf(shape, lambda index: bfloat16(path, name, shape)[index])
+        # A scalar has no slices.
+        return Leaf(shape, lambda index: file.get_slice(name)[index] if shape else file.get_tensor(name))
+
+    return {name: leaf(name) for name in file.keys()}
+
+
+def bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A bfloat16 array of a safetensors file, mapped: the numpy interface of the package does not know the type."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin = json.loads(file.read(length))[name]["data_offsets"][0]
+    return np.memmap(path, np.uint16, "r", 8 + length + begin, shape).view(jnp.bfloat16)
+
+
+def of_npz(path: Path) -> dict[str, Leaf]:
+    """The arrays of an npz file, one in memory at a time."""
+    archive = np.load(path, allow_pickle=False)
+    # The parts of one array are asked for one after another.
+    member: Any = lru_cache(maxsize=1)(lambda name: archive[name])
+
+    def shape(name: str) -> tuple[int, ...]:
+        with zipfile.ZipFile(path) as file, file.open(name + ".npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            old = version == (1, 0)
+            header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            return header(stream)[0]
+
+    return {name: Leaf(shape(name), lambda index, name=name: member(name)[index]) for name in archive.files}
