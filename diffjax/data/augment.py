@@ -1,16 +1,39 @@
 """Augmentations: `(batch, rng) -> batch` on whole batches, in numpy, before the batch leaves the host.
 
 `batch` is `{"image": [B, H, W, C] float32, ...}`; other entries pass through. All randomness comes from `rng`, a
-`numpy.random.Generator`.
+`numpy.random.Generator`. Those of the library are `Rowwise`: what they draw is one row per image, so that a process
+can augment its own rows of a batch with what the whole batch would have given them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 Augment = Callable[[dict, np.random.Generator], dict]
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """An `Augment` whose draws come before, and apart from, the images.
+
+    Attributes:
+      draw: `(rng, n) -> tuple of arrays [n, ...]`, for a batch of n images.
+      apply: `(batch, draws) -> batch`, with one row of each array for each image.
+    """
+
+    draw: Callable[[np.random.Generator, int], tuple]
+    apply: Callable[[dict, tuple], dict]
+
+    def __call__(self, batch: dict, rng: np.random.Generator) -> dict:
+        """The batch, augmented."""
+        return self.apply(batch, self.draw(rng, len(batch["image"])))
+
+    def part(self, batch: dict, rng: np.random.Generator, rows: slice, total: int) -> dict:
+        """`batch`, which holds the `rows` of a batch of `total` items, as it comes out of the whole batch."""
+        return self.apply(batch, tuple(array[rows] for array in self.draw(rng, total)))
 
 
 def shift(pixels: int = 1, fill: float = -1.0) -> Augment:
@@ -26,16 +49,18 @@ def shift(pixels: int = 1, fill: float = -1.0) -> Augment:
     if pixels != int(pixels) or pixels < 0:
         raise ValueError(f"shift(pixels={pixels}): expected an integer >= 0; affine(translate=...) moves by fractions")
 
-    def apply(batch: dict, rng: np.random.Generator) -> dict:
-        image = batch["image"]
+    def draw(rng, n):
+        return tuple(rng.integers(0, 2 * pixels + 1, (2, n)))
+
+    def apply(batch, draws):
+        image, (top, left) = batch["image"], draws
         n, h, w, _ = image.shape
         padded = np.pad(image, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), constant_values=fill)
         windows = np.lib.stride_tricks.sliding_window_view(padded, (h, w), axis=(1, 2))
-        top, left = rng.integers(0, 2 * pixels + 1, (2, n))
         moved = windows[np.arange(n), top, left]
         return {**batch, "image": np.ascontiguousarray(np.moveaxis(moved, 1, -1))}
 
-    return apply
+    return Rowwise(draw, apply)
 
 
 def flip(p: float = 0.5) -> Augment:
@@ -46,12 +71,11 @@ def flip(p: float = 0.5) -> Augment:
     """
     _probability("flip", p)
 
-    def apply(batch: dict, rng: np.random.Generator) -> dict:
-        image = batch["image"]
-        chosen = rng.random(len(image)) < p
+    def apply(batch, draws):
+        image, chosen = batch["image"], draws[0]
         return {**batch, "image": np.where(chosen[:, None, None, None], image[:, :, ::-1], image)}
 
-    return apply
+    return Rowwise(lambda rng, n: (rng.random(n) < p,), apply)
 
 
 def affine(
@@ -85,18 +109,19 @@ def affine(
         if not amount >= 0:
             raise ValueError(f"affine({name}={amount}): expected a number >= 0, the largest {name}")
 
-    def apply(batch: dict, rng: np.random.Generator) -> dict:
-        image = batch["image"]
-        n = len(image)
+    def draw(rng, n):
         angle = np.deg2rad(rotate) * rng.uniform(-1, 1, n)
         scales = np.exp(scale * rng.uniform(-1, 1, (n, 2)))
         shears = shear * rng.uniform(-1, 1, n)
         move = translate * rng.uniform(-1, 1, (n, 2))
-        chosen = rng.random(n) < p
-        warped = warp(image, _matrix(angle, scales, shears), move, fill)
+        return _matrix(angle, scales, shears), move, rng.random(n) < p
+
+    def apply(batch, draws):
+        image, (matrix, move, chosen) = batch["image"], draws
+        warped = warp(image, matrix, move, fill)
         return {**batch, "image": np.where(chosen[:, None, None, None], warped, image)}
 
-    return apply
+    return Rowwise(draw, apply)
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, move: np.ndarray, fill: float) -> np.ndarray:

@@ -23,6 +23,7 @@ class Dataset(NamedTuple):
       shape: `(H, W, C)` of one image.
       num_classes: labels are `0 .. num_classes - 1`; 0 if there are no labels (every label is then 0).
       to_pixels: `(x) -> uint8`, from model space `[-1, 1]` to the integers of the data, clipped and rounded; any shape.
+      buckets: every shape that a batch of `train` may have, `shape` first; () if that is the only one.
     """
 
     train: Any
@@ -30,6 +31,12 @@ class Dataset(NamedTuple):
     shape: tuple[int, int, int]
     num_classes: int
     to_pixels: Callable[[Any], np.ndarray]
+    buckets: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Every shape `(H, W, C)` that the images of a batch may have; all images of one batch have the same."""
+        return self.buckets or (self.shape,)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,35 @@
+"""What can go wrong while data is read."""
+
+from __future__ import annotations
+
+
+class Unreadable(Exception):
+    """One item cannot be read: `Unreadable(name, reason)`. The pipeline replaces the item and counts it."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+
+class UnreadableError(OSError):
+    """More items could not be read than the run allows; the message names them."""
+
+
+class WorkerError(OSError):
+    """A process that reads data ended without being asked to."""
+
+
+def require(module: str, package: str, extra: str):
+    """The imported `module`.
+
+    Raises:
+      ModuleNotFoundError: if it is not installed; the message says what to install.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"this data needs {package}, which is not installed ({error}); pip install 'diffjax[{extra}]'"
+        ) from error
