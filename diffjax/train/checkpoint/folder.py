@@ -1,19 +1,10 @@
-"""Checkpoints that a crash cannot lose: written in the background, verified leaf by leaf when they are read.
-
-One checkpoint is one folder `<directory>/<step>/`, complete or absent: it is written under another name and renamed at
-the end. Orbax keeps the arrays, one entry per leaf name; a JSON file beside them keeps everything else, among it a
-checksum of every leaf, which Orbax does not verify.
-"""
+"""The checkpoints of a run: saved in the background, verified when they are read, the damaged ones passed over."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
 import logging
 import math
-import platform
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,25 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from orbax.checkpoint import checkpoint_managers as policies
 
 from diffjax.train import paths
+from diffjax.train.checkpoint import meta as metas
+from diffjax.train.checkpoint import read as reads
+from diffjax.train.checkpoint.blocks import Staging
+from diffjax.train.checkpoint.errors import CheckpointError, Damaged
+from diffjax.train.checkpoint.item import BlocksSave
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-STATE, META = "state", "meta"
 DAMAGED = "damaged"
-_PACKAGES = ("diffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or one that exists and cannot be read; the message says what to do."""
-
-
-class _Damaged(Exception):
-    """One checkpoint fails its own checks; the one before it may do."""
 
 
 def open_checkpoints(
@@ -73,6 +57,14 @@ class Checkpoints:
         self._saving: int | None = None
         self._scores: dict[int, float] = {}
         self._damaged: set[int] = set()
+        self._staging = Staging()
+
+    def reserve(self, state: Any) -> None:
+        """Makes room in host memory for the copies of such a state, in the background; saves are slow without it.
+
+        Needed where the state is in host memory itself (CPU): there the room is as large as the state.
+        """
+        self._staging.reserve(paths.named_leaves(state))
 
     def save(
         self,
@@ -84,7 +76,9 @@ class Checkpoints:
     ) -> bool:
         """Copies everything to the host and writes it in the background; False if this step is saved already.
 
-        The caller may donate or change `state` as soon as this returns. Waits for the save before it.
+        The caller may donate or change `state` as soon as this returns. Waits for the save before it. Of arrays spread
+        over several processes each process saves what it holds, so all of them must call this with the same step; the
+        iterator's state and the metrics are those of process 0.
 
         Args:
           step: number of optimiser steps done; greater than every saved one.
@@ -106,18 +100,19 @@ class Checkpoints:
             raise CheckpointError(
                 f"cannot save step {step} in {self.directory}: later steps {later} are there; move them elsewhere first"
             )
-        host = {name: _host(name, leaf) for name, leaf in paths.named_leaves(state).items()}
+        leaves = paths.named_leaves(state)
+        staged = self._staging.copy(leaves)
         meta = {
-            "format": FORMAT,
+            "format": metas.FORMAT,
             "step": int(step),
-            "versions": versions(),
-            "config": _json("config", config.to_dict() if hasattr(config, "to_dict") else config),
-            "iterator": _json("the iterator's get_state()", None if iterator is None else iterator.get_state()),
+            "processes": jax.process_count(),
+            "versions": metas.versions(),
+            "config": metas.plain("config", config.to_dict() if hasattr(config, "to_dict") else config),
+            "iterator": metas.plain("the iterator's get_state()", None if iterator is None else iterator.get_state()),
             "metrics": {key: float(value) for key, value in (metrics or {}).items()},
-            "leaves": {name: _entry(array) for name, array in host.items()},
+            "leaves": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in leaves.items()},
         }
-        sealed = {"digest": _digest(meta), "content": meta}
-        args = ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(host), META: ocp.args.JsonSave(sealed)})
+        args = ocp.args.Composite(**{metas.STATE: BlocksSave(staged), metas.META: ocp.args.JsonSave(metas.seal(meta))})
         with self._writing(step):
             if self._manager is None:
                 self._manager = self._open_manager()
@@ -149,15 +144,16 @@ class Checkpoints:
 
         def read(folder, meta):
             _check_fit(f"checkpoint {folder}", meta["leaves"], like)
-            return _read_leaves(folder, {name: meta["leaves"][name] for name in like})
+            wanted = {name: reads.boxes(leaf) for name, leaf in like.items()}
+            return {name: reads.place(found, like[name]) for name, found in reads.read_leaves(folder, meta, wanted)}
 
-        found = self._first_sound(read, step)
+        found = self._first_sound(read, step, agree=jax.process_count() > 1)
         if found is None:
             return None
-        at, meta, host = found
+        at, meta, leaves = found
         if iterator is not None and meta["iterator"] is None:
             raise ValueError(f"checkpoint {self.directory / str(at)} was saved without the state of a data iterator")
-        state = jax.tree_util.tree_map_with_path(lambda path, leaf: _place(host[paths.name(path)], leaf), state_like)
+        state = jax.tree_util.tree_map_with_path(lambda path, _: leaves[paths.name(path)], state_like)
         if iterator is not None:
             iterator.set_state(meta["iterator"])
         return at, state
@@ -182,7 +178,8 @@ class Checkpoints:
             if not table:
                 known = sorted({n.rpartition("/")[0] for n in meta["leaves"]})
                 raise ValueError(f"checkpoint {folder} has nothing under {prefix!r}; it has: {', '.join(known)}")
-            return _read_leaves(folder, table)
+            wanted = {name: [reads.whole(entry)] for name, entry in table.items()}
+            return {name: reads.place(found, None) for name, found in reads.read_leaves(folder, meta, wanted)}
 
         found = self._first_sound(read, step)
         if found is None:
@@ -193,7 +190,7 @@ class Checkpoints:
             node = tree
             for key in parents:
                 node = node.setdefault(key, {})
-            node[last] = _place(array)
+            node[last] = array
         return found[0], tree
 
     def steps(self) -> list[int]:
@@ -204,7 +201,7 @@ class Checkpoints:
         return sorted(set(found) - self._damaged)
 
     def info(self, step: int) -> dict:
-        """The JSON part: `step`, `config`, `metrics`, `iterator`, `versions`, `leaves` (shapes, dtypes, checksums).
+        """The JSON part: `step`, `config`, `metrics`, `iterator`, `versions`, `leaves` (shapes, dtypes).
 
         Raises:
           CheckpointError: if there is no such step, or it is damaged.
@@ -212,8 +209,8 @@ class Checkpoints:
         if step not in self.steps():
             raise CheckpointError(self._absent(step))
         try:
-            return _read_meta(self.directory / str(step))
-        except _Damaged as error:
+            return metas.read_meta(self.directory / str(step))
+        except Damaged as error:
             raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {error}") from error
 
     def best_step(self) -> int | None:
@@ -274,23 +271,30 @@ class Checkpoints:
                 "free space or make the folder writable, then run the same command again"
             ) from error
 
-    def _first_sound(self, read: Callable[[Path, dict], Any], step: int | None) -> tuple[int, dict, Any] | None:
-        """`(step, meta, read(folder, meta))` of the latest checkpoint, or of `step`, that is not damaged."""
+    def _first_sound(self, read: Callable[[Path, dict], Any], step: int | None, *, agree: bool = False):
+        """`(step, meta, read(folder, meta))` of the latest checkpoint, or of `step`, that is not damaged, or None.
+
+        With `agree`, what one process finds damaged or does not see is passed over by all.
+        """
         self.wait()
         steps = self.steps()
         if step is not None and step not in steps:
             raise CheckpointError(self._absent(step))
-        tried = {}
-        for at in reversed(steps) if step is None else [step]:
+        tried, left = {}, steps if step is None else [step]
+        while left := [at for at in left if at not in tried]:
+            at, found, reason = _least(left[-1], agree), None, "another process cannot read it"
             folder = self.directory / str(at)
             try:
-                meta = _read_meta(folder)
-                return at, meta, read(folder, meta)
-            except _Damaged as error:
-                tried[at] = str(error)
-                if step is None:
-                    self._damaged.add(at)
-                    log.warning("checkpoint %s is damaged: %s; trying the one before it", folder, error)
+                meta = metas.read_meta(folder)
+                found = at, meta, read(folder, meta)
+            except Damaged as error:
+                reason = str(error)
+            if _least(found is not None, agree):
+                return found
+            tried[at] = reason
+            if step is None:
+                self._damaged.add(at)
+                log.warning("checkpoint %s is damaged: %s; trying the one before it", folder, reason)
         if tried and step is not None:
             others = [at for at in steps if at != step] or "none"
             folder = self.directory / str(step)
@@ -308,8 +312,8 @@ class Checkpoints:
 
     def _stored_score(self, step: int) -> float:
         try:
-            return self._score(_read_meta(self.directory / str(step)))
-        except _Damaged:
+            return self._score(metas.read_meta(self.directory / str(step)))
+        except Damaged:
             return math.inf
 
     def _score(self, meta: dict) -> float:
@@ -330,95 +334,13 @@ class _Best:
         return [pair == best for pair in scored]
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+def _least(value: int, agree: bool) -> int:
+    """The smallest value that any process has."""
+    if not agree:
+        return value
+    from jax.experimental import multihost_utils
 
-
-def checksum(array: np.ndarray) -> str:
-    """CRC-32 of the bytes in C order, as 8 hexadecimal digits."""
-    # Through uint8 because arrays of the small float types have no buffer interface.
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
-
-
-def _host(name: str, leaf: Any) -> np.ndarray:
-    """A copy of the global value of a leaf in memory of its own."""
-    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or jax.dtypes.issubdtype(
-        leaf.dtype, jax.dtypes.extended
-    ):
-        raise ValueError(f"cannot save leaf {name!r}: {type(leaf).__name__} is not a plain array; store one instead")
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        whole = leaf.is_fully_replicated
-        leaf = leaf.addressable_data(0) if whole else multihost_utils.process_allgather(leaf, tiled=True)
-    return np.array(leaf, copy=True)
-
-
-def _entry(array: np.ndarray) -> dict:
-    return {"shape": list(array.shape), "dtype": array.dtype.name, "crc32": checksum(array)}
-
-
-def _json(what: str, value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} cannot be stored as JSON: {error}; use dicts, lists, strings and numbers") from None
-
-
-def _digest(content: Any) -> str:
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
-
-
-def _read_meta(folder: Path) -> dict:
-    try:
-        sealed = json.loads((folder / META / "metadata").read_text(encoding="utf-8"))
-        meta = sealed["content"]
-        if _digest(meta) != sealed["digest"]:
-            raise _Damaged(f"{META}/metadata does not match its checksum")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError) as error:
-        raise _Damaged(f"{META}/metadata cannot be read: {type(error).__name__}: {error}") from error
-    if meta["format"] > FORMAT:
-        raise CheckpointError(
-            f"checkpoint {folder} has format {meta['format']}, this version reads up to {FORMAT}; "
-            f"use diffjax {meta['versions'].get('diffjax', 'of a later version')}"
-        )
-    return meta
-
-
-def _read_leaves(folder: Path, table: Mapping[str, dict]) -> dict[str, np.ndarray]:
-    """The leaves of `table` as host arrays, each checked against its entry.
-
-    Orbax's own reader names no leaf when a file is damaged, and abandons the other reads in flight, each of which then
-    prints a traceback; so the arrays are read from its store directly.
-    """
-    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder / STATE}/"}}
-    context = tensorstore.Context()
-    spec = lambda name: {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}
-    opened = {name: tensorstore.open(spec(name), read=True, context=context) for name in table}
-    reads, found = {}, {}
-    for name, array in opened.items():
-        with _reading(name):
-            reads[name] = array.result().read()
-    for name, entry in table.items():
-        with _reading(name):
-            found[name] = reads[name].result()
-        if _entry(found[name]) != entry:
-            raise _Damaged(f"leaf {name!r} does not match its checksum")
-    return found
-
-
-@contextlib.contextmanager
-def _reading(name: str):
-    try:
-        yield
-    except ValueError as error:
-        # TensorStore reports every failure of a read as ValueError.
-        raise _Damaged(f"leaf {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    return int(np.min(multihost_utils.process_allgather(np.asarray(value, np.int32))))
 
 
 def _check_fit(where: str, table: Mapping[str, dict], like: Mapping[str, Any]) -> None:
@@ -434,18 +356,6 @@ def _check_fit(where: str, table: Mapping[str, dict], like: Mapping[str, Any]) -
         more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
         lines = "".join(f"\n  {line}" for line in problems[:40])
         raise ValueError(f"{where} does not fit the state that it is restored into:{lines}{more}")
-
-
-def _place(host: np.ndarray, like: Any = None) -> jax.Array | np.ndarray:
-    """The array where `like` is: in host memory for a numpy array, at its sharding, or on the default device."""
-    if isinstance(like, (np.ndarray, np.generic)):
-        return host
-    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
-        raise ValueError(f"a leaf is {host.dtype}; set jax_enable_x64, or restore into numpy arrays, to read it uncast")
-    sharding = getattr(like, "sharding", None)
-    if sharding is None:
-        return jax.numpy.array(host)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _set_aside(directory: Path, step: int) -> None:
