@@ -135,12 +135,14 @@ class Model(NamedTuple):
       apply: `(params, *inputs, method=None) -> out`; `method` names another entry point (encode, decode).
       config: the settings it was built from, a plain dict.
       rules: sharding rules, `[(regex over "a/b/c" parameter paths, axis names), ...]`; first match wins.
+      activations: the same over the names of activations (`diffjax.nn.tap`); "batch" stands for the axes that split it.
     """
 
     init: Callable[[jax.Array], dict]
     apply: Callable[..., Any]
     config: dict
     rules: tuple = ()
+    activations: tuple = ()
 
 
 def namespace(*arrays):

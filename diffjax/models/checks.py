@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from diffjax.nn import TIME_EMBEDS, Functional
+from diffjax.nn import POLICIES, TIME_EMBEDS, Functional, policy_name
 from diffjax.registry import nearest
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def check_common(kind: str, shape, num_classes: int, dropout: float, dtype: str, time_embed: str, waves: int) -> None:
@@ -21,6 +22,8 @@ def check_common(kind: str, shape, num_classes: int, dropout: float, dtype: str,
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{kind}: dropout={dropout}: expected a rate in [0, 1)")
     check_name(kind, "dtype", dtype, DTYPES)
+    if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{kind}: dtype='float64' needs jax.config.update('jax_enable_x64', True); or take 'float32'")
     check_name(kind, "time_embed", time_embed, TIME_EMBEDS)
     if waves < 2 or waves % 2:
         raise ValueError(f"{kind}: {waves} channels for the time embedding: expected a positive even number")
@@ -38,6 +41,12 @@ def check_name(kind: str, setting: str, value: str, known: Iterable[str]) -> Non
     if value not in known:
         hint = nearest(str(value), known)
         raise ValueError(f"{kind}: {setting}={value!r}: known: {', '.join(known)}{hint}")
+
+
+def check_remat(kind: str, remat: str | bool) -> str:
+    """The name of a remat policy (`diffjax.nn.POLICIES`); raises `ValueError` for an unknown one."""
+    check_name(kind, "remat", policy_name(remat), POLICIES)
+    return policy_name(remat)
 
 
 def check_divides(kind: str, part: str, value: int, whole: str, *totals: int) -> None:

@@ -12,17 +12,31 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
-from diffjax.models.checks import check_common, check_divides, check_least, check_name, network
-from diffjax.nn import Condition, DiTBlock, functional, layer_norm, modulate, modulation, sincos_2d
+from diffjax.models.checks import check_common, check_divides, check_least, check_name, check_remat, network
+from diffjax.nn import Condition, DiTBlock, functional, layer_norm, modulate, modulation, scope, sincos_2d, tap, widen
+from diffjax.nn import remat as checkpointed
 
 WAVES = 256  # channels of the time's sinusoids, whatever the width (DiT's TimestepEmbedder)
+# Columns, then rows (Shoeybi et al. 2019, arXiv:1909.08053, section 3): one sum over `tensor` for each branch and
+# direction. Queries, keys and values are split by heads, which no split of their kernel's flat columns is: it lies
+# split by rows.
 RULES = (
-    (r"^blocks/.*(modulation|qkv|up)/kernel$", (None, "fsdp", "tensor")),
+    (r"^blocks/.*qkv/kernel$", (None, ("fsdp", "tensor"), None)),
+    (r"^blocks/.*(modulation|up)/kernel$", (None, "fsdp", "tensor")),
     (r"^blocks/.*(out|down)/kernel$", (None, "tensor", "fsdp")),
-    (r"^(inp|modulation|cond/hidden|cond/out)/kernel$", ("fsdp", "tensor")),
-    (r"^out/kernel$", ("fsdp", None)),
-    (r"(^|/)embedding$", (None, "fsdp")),
+    (r"^(modulation|cond/hidden)/kernel$", ("fsdp", "tensor")),
+    (r"^cond/out/kernel$", ("tensor", "fsdp")),
+    (r"^out/kernel$", (("fsdp", "tensor"), None)),
+    (r"^inp/kernel$|(^|/)embedding$", (None, ("fsdp", "tensor"))),
     (r"(^|/)bias$", ()),
+)
+# Tokens are split over `sequence`; attention needs the keys and values of all of them.
+ACTIVATIONS = (
+    (r"/(q|mixed)$", ("batch", "sequence", "tensor")),
+    (r"/(k|v)$", ("batch", None, "tensor")),
+    (r"/hidden$", ("batch", "sequence", "tensor")),
+    (r"^tokens$|/(out|down)$", ("batch", "sequence")),
+    (r"(^|/)(cond|modulation)$", ("batch",)),
 )
 
 
@@ -41,7 +55,11 @@ def unpatchify(x: jax.Array, patch: int, shape: tuple[int, int, int]) -> jax.Arr
 
 
 class DiT(nnx.Module):
-    """The module of `dit`; the parameters of all blocks are stacked along their first axis."""
+    """The module of `dit`; the parameters of all blocks are stacked along their first axis.
+
+    Activations: `cond [B, C]`, `tokens [B, T, C]` (the first block's input), those of `DiTBlock` under `blocks/` (the
+    residual stream behind each block is `blocks/mlp/out`), `modulation`.
+    """
 
     def __init__(self, shape, num_classes, patch, width, depth, heads, hidden, dropout, scale, dtype, time, loop, rngs):
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros_init()
@@ -57,23 +75,22 @@ class DiT(nnx.Module):
         self.scan, self.remat = loop
 
     def __call__(self, x, t, y, *, key=None):
-        cond = nnx.silu(self.cond(t, y))
+        cond = tap("cond", nnx.silu(self.cond(t, y)))
         height, breadth, _ = self.shape
         h = self.inp(patchify(x, self.patch))
         h = h + jnp.asarray(sincos_2d(height // self.patch, breadth // self.patch, self.width), h.dtype)
-        h = self._run(h, cond, key)
-        shift, scale = jnp.split(self.modulation(cond), 2, axis=-1)
+        h = self._run(tap("tokens", h), cond, key)
+        shift, scale = jnp.split(tap("modulation", self.modulation(cond)), 2, axis=-1)
         out = self.out(modulate(layer_norm(h), shift, scale))
-        return unpatchify(out, self.patch, self.shape).astype(jnp.float32)
+        return widen(unpatchify(out, self.patch, self.shape))
 
     def _run(self, h, cond, key):
         def body(h, block_and_index):
             block, i = block_and_index
-            return block(h, cond, None if key is None else jax.random.fold_in(key, i)), None
+            with scope("blocks"):
+                return block(h, cond, None if key is None else jax.random.fold_in(key, i)), None
 
-        if self.remat:
-            # Inside a scan nothing can be merged across the barrier, so the costly prevention is not needed.
-            body = jax.checkpoint(body, prevent_cse=not self.scan)
+        body = checkpointed(body, self.remat, scanned=self.scan)
         indices = jnp.arange(self.depth)
         if self.scan:
             return jax.lax.scan(body, h, (self.blocks, indices))[0]
@@ -86,7 +103,7 @@ def dit(
     *, shape: tuple[int, int, int], num_classes: int = 0, patch: int = 2, width: int = 384, depth: int = 12,
     heads: int = 6, mlp_ratio: float = 4.0, dropout: float = 0.0, dtype: str = "float32",
     time_embed: str = "sinusoidal", time_scale: float = 1000.0, attention_scale: str = "sqrt",
-    scan: bool = True, remat: bool = False,
+    scan: bool = True, remat: str | bool = "none",
 ) -> Model:  # fmt: skip
     """DiT (arXiv:2212.09748) with adaLN-Zero; its output starts at zero.
 
@@ -97,11 +114,12 @@ def dit(
       width, depth, heads: of the transformer; `heads` divides `width`, `width` is a multiple of 4.
       mlp_ratio: hidden width of a perceptron over `width`.
       dropout: rate on both branches of a block, in calls with a key (the paper has none).
-      dtype: of the computation: "float32", "bfloat16" or "float16"; parameters are float32.
+      dtype: of the computation: "float32", "bfloat16", "float16" or (in x64 mode) "float64"; parameters are float32.
       time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
       attention_scale: "sqrt" or, for widths at which the heads grow as well, "mup"; see `diffjax.nn.SelfAttention`.
       scan: run the blocks in a `lax.scan`, which compiles in a time that does not grow with the depth; False unrolls.
-      remat: recompute a block's activations in the backward pass instead of keeping them.
+      remat: which activations of a block are computed again in the backward pass instead of kept, one of
+        `diffjax.nn.POLICIES`: "none", "full", "dots", "dots_no_batch"; True is "full".
 
     Returns:
       A `Model`: `apply(params, x [B, H, W, C], t [B], y [B] int or None, *, key=None) -> [B, H, W, C] float32`. Without
@@ -111,6 +129,7 @@ def dit(
       ValueError: for settings that make no network.
     """
     config = dict(locals(), name="dit", shape=tuple(shape))
+    loop = (scan, check_remat("dit", remat))
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
     check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)
@@ -123,6 +142,6 @@ def dit(
     if hidden < 1:
         raise ValueError(f"dit: mlp_ratio={mlp_ratio}: expected a positive number such as 4.0")
     time = dict(waves=WAVES, time_embed=time_embed, time_scale=time_scale)
-    rest = (patch, width, depth, heads, hidden, dropout, attention_scale, jnp.dtype(dtype), time, (scan, remat))
+    rest = (patch, width, depth, heads, hidden, dropout, attention_scale, jnp.dtype(dtype), time, loop)
     module = functional(lambda rngs: DiT(shape, num_classes, *rest, rngs))
-    return Model(*network("dit", tuple(shape), module), config=config, rules=RULES)
+    return Model(*network("dit", tuple(shape), module), config=config, rules=RULES, activations=ACTIVATIONS)

@@ -5,29 +5,48 @@ Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", arXiv:2
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
-from diffjax.models.checks import check_common, check_divides, check_least, network
-from diffjax.nn import Condition, GroupNorm, PixelAttention, ResBlock, conv, functional
+from diffjax.models.checks import check_common, check_divides, check_least, check_remat, network
+from diffjax.nn import Condition, GroupNorm, PixelAttention, ResBlock, conv, functional, scope, tap, widen
+from diffjax.nn import remat as checkpointed
 
 # First match wins: the projections of attention and condition are matrices, the other `inp` and `out` are convolutions.
+# In a block the first convolution makes some of the channels on each device and the second sums over them, as in the
+# perceptron of a transformer (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 RULES = (
-    (r"/attention/out/kernel$", ("tensor", "fsdp")),
-    (r"(^|/)(qkv|film)/kernel$", ("fsdp", "tensor")),
-    (r"^cond/(hidden|out)/kernel$", ("fsdp", "tensor")),
-    (r"(^|/)(conv1|conv2|skip|inp|out)/kernel$", (None, None, "fsdp", "tensor")),
-    (r"(^|/)embedding$", (None, "fsdp")),
+    (r"/attention/out/kernel$|^cond/out/kernel$", ("tensor", "fsdp")),
+    (r"/qkv/kernel$", (("fsdp", "tensor"), None)),
+    (r"/film/kernel$|^cond/hidden/kernel$", ("fsdp", "tensor")),
+    (r"/conv1/kernel$", (None, None, "fsdp", "tensor")),
+    (r"/(conv2|skip)/kernel$", (None, None, "tensor", "fsdp")),
+    (r"^inp/kernel$", (None, None, None, ("fsdp", "tensor"))),
+    (r"^out/kernel$", (None, None, ("fsdp", "tensor"), None)),
+    (r"(^|/)embedding$", (None, ("fsdp", "tensor"))),
     (r"(^|/)(bias|scale)$", ()),
+)
+ACTIVATIONS = (
+    (r"/hidden$", ("batch", None, None, "tensor")),
+    (r"/(q|k|v|mixed)$", ("batch", None, "tensor")),
+    (r"(^|/)(cond|film|features|out)$", ("batch",)),
 )
 
 
 class UNet(nnx.Module):
-    """The module of `unet`: `enc`, `mid` and `dec` hold blocks under names such as `8x8_block0`."""
+    """The module of `unet`: `enc`, `mid` and `dec` hold blocks under names such as `8x8_block0`.
 
-    def __init__(self, shape, num_classes, widths, blocks, attention, head_width, groups, dropout, dtype, time, rngs):
+    Activations: `cond [B, 4 C]`, `features [B, H, W, C]` (the first block's input), those of `ResBlock` and
+    `PixelAttention` under their block's name, such as `dec/8x8_block0/out`.
+    """
+
+    def __init__(
+        self, shape, num_classes, widths, blocks, attention, head_width, groups, dropout, dtype, time, remat, rngs
+    ):
         base, cond_width = widths[0], 4 * widths[0]
         settings = dict(groups=groups, dtype=dtype, rngs=rngs)
 
@@ -65,37 +84,43 @@ class UNet(nnx.Module):
                 dec[f"{size}_up"] = block(channels, channels, "up")
         self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
         # The order of the blocks is a fact of the architecture; dictionaries of parameters are sorted by name.
-        self.order = (tuple(enc), tuple(dec))
+        self.order, self.remat = (tuple(enc), tuple(dec)), remat
         self.norm = GroupNorm(base, groups)
         self.out = conv(base, shape[-1], zero=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, t, y, *, key=None):
         count = iter(range(1 << 16))
 
-        def run(block, h):
-            if isinstance(block, PixelAttention):
-                return block(h)
-            return block(h, cond, None if key is None else jax.random.fold_in(key, next(count)))
+        def run(part, name, h):
+            block = getattr(self, part)[name]
+            attends = isinstance(block, PixelAttention)
+            inputs = () if attends else (cond, None if key is None else jax.random.fold_in(key, next(count)))
+            return checkpointed(partial(_named, block, f"{part}/{name}"), self.remat)(h, *inputs)
 
-        cond = nnx.silu(self.cond(t, y))
-        h = self.inp(x)
+        cond = tap("cond", nnx.silu(self.cond(t, y)))
+        h = tap("features", self.inp(x))
         skips = [h]
         for name in self.order[0]:
             if "attention" in name:
                 skips.pop()
-            h = run(self.enc[name], h)
+            h = run("enc", name, h)
             skips.append(h)
         for name in ("block0", "attention", "block1"):
-            h = run(self.mid[name], h)
+            h = run("mid", name, h)
         for name in self.order[1]:
-            h = run(self.dec[name], jnp.concatenate([h, skips.pop()], -1) if "block" in name else h)
-        return self.out(nnx.silu(self.norm(h))).astype(jnp.float32)
+            h = run("dec", name, jnp.concatenate([h, skips.pop()], -1) if "block" in name else h)
+        return widen(self.out(nnx.silu(self.norm(h))))
+
+
+def _named(block, name, *inputs):
+    with scope(name):
+        return block(*inputs)
 
 
 def unet(
     *, shape: tuple[int, int, int], num_classes: int = 0, width: int = 128, mults: tuple[int, ...] = (1, 2, 2, 2),
     blocks: int = 2, attention: tuple[int, ...] = (16,), head_width: int = 64, groups: int = 32, dropout: float = 0.0,
-    dtype: str = "float32", time_embed: str = "sinusoidal", time_scale: float = 1000.0,
+    dtype: str = "float32", time_embed: str = "sinusoidal", time_scale: float = 1000.0, remat: str | bool = "none",
 ) -> Model:  # fmt: skip
     """ADM's U-Net (arXiv:2105.05233, section 3); its output starts at zero.
 
@@ -108,8 +133,10 @@ def unet(
       head_width: channels of one attention head.
       groups: of the group normalisation.
       dropout: rate inside the residual blocks, in calls with a key.
-      dtype: of the computation: "float32", "bfloat16" or "float16"; parameters are float32.
+      dtype: of the computation: "float32", "bfloat16", "float16" or (in x64 mode) "float64"; parameters are float32.
       time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
+      remat: which activations of a block are computed again in the backward pass instead of kept, one of
+        `diffjax.nn.POLICIES`: "none", "full", "dots", "dots_no_batch"; True is "full".
 
     Returns:
       A `Model`: `apply(params, x [B, H, W, C], t [B], y [B] int or None, *, key=None) -> [B, H, W, C] float32`. Without
@@ -124,9 +151,9 @@ def unet(
     _check_levels(shape, width, mults, attention, head_width, groups)
     widths = tuple(width * mult for mult in mults)
     time = dict(waves=width, time_embed=time_embed, time_scale=time_scale)
-    rest = (blocks, attention, head_width, groups, dropout, jnp.dtype(dtype), time)
+    rest = (blocks, attention, head_width, groups, dropout, jnp.dtype(dtype), time, check_remat("unet", remat))
     module = functional(lambda rngs: UNet(shape, num_classes, widths, *rest, rngs))
-    return Model(*network("unet", tuple(shape), module), config=config, rules=RULES)
+    return Model(*network("unet", tuple(shape), module), config=config, rules=RULES, activations=ACTIVATIONS)
 
 
 def _check_levels(shape, width, mults, attention, head_width, groups) -> None:

@@ -5,9 +5,12 @@ from diffjax.nn.attention import PixelAttention, SelfAttention
 from diffjax.nn.conv import ResBlock, conv, double, halve
 from diffjax.nn.embed import TIME_EMBEDS, Condition, fourier, sincos_2d, sinusoidal
 from diffjax.nn.functional import Functional, functional
-from diffjax.nn.norm import GroupNorm, dropout, group_norm, layer_norm, modulate
+from diffjax.nn.norm import GroupNorm, dropout, group_norm, layer_norm, modulate, widen
+from diffjax.nn.remat import POLICIES, policy_name, remat
+from diffjax.nn.taps import scope, tap, tapped
 
 __all__ = [
+    "POLICIES",
     "TIME_EMBEDS",
     "Condition",
     "DiTBlock",
@@ -27,6 +30,12 @@ __all__ = [
     "layer_norm",
     "modulate",
     "modulation",
+    "policy_name",
+    "remat",
+    "scope",
     "sincos_2d",
     "sinusoidal",
+    "tap",
+    "tapped",
+    "widen",
 ]

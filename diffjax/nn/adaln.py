@@ -8,6 +8,7 @@ from flax import nnx
 
 from diffjax.nn.attention import SelfAttention
 from diffjax.nn.norm import dropout, layer_norm, modulate
+from diffjax.nn.taps import scope, tap
 
 _zeros = nnx.initializers.zeros_init()
 _xavier = nnx.initializers.xavier_uniform()
@@ -19,7 +20,10 @@ def modulation(cond_width: int, width: int, parts: int, *, dtype, rngs) -> nnx.L
 
 
 class MLPBlock(nnx.Module):
-    """`x + gate * perceptron(modulated layer norm of x)` for `x [B, ..., C]`, the identity at first."""
+    """`x + gate * perceptron(modulated layer norm of x)` for `x [B, ..., C]`, the identity at first.
+
+    Activations: `modulation [B, 3 C]`, `hidden [B, ..., hidden]`, `down` and `out [B, ..., C]`.
+    """
 
     def __init__(
         self, width: int, hidden: int, *, cond_width: int, dropout_rate: float = 0.0, activation=nnx.gelu, dtype, rngs
@@ -30,16 +34,17 @@ class MLPBlock(nnx.Module):
         self.dropout_rate, self.activation = dropout_rate, activation
 
     def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        shift, scale, gate = jnp.split(self.modulation(cond), 3, axis=-1)
-        h = self.activation(self.up(modulate(layer_norm(x), shift, scale)))
-        h = self.down(dropout(h, self.dropout_rate, key))
-        return x + h * gate.reshape((len(x),) + (1,) * (x.ndim - 2) + (-1,))
+        shift, scale, gate = jnp.split(tap("modulation", self.modulation(cond)), 3, axis=-1)
+        h = tap("hidden", self.activation(self.up(modulate(layer_norm(x), shift, scale))))
+        h = tap("down", self.down(dropout(h, self.dropout_rate, key)))
+        return tap("out", x + h * gate.reshape((len(x),) + (1,) * (x.ndim - 2) + (-1,)))
 
 
 class DiTBlock(nnx.Module):
     """The adaLN-Zero block of DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3.2) on tokens `x [B, T, C]`.
 
     Attention, then a perceptron; each normalised, modulated and gated by `cond [B, cond_width]`. The identity at first.
+    Activations: `modulation`, those of the attention under `attention/`, of the perceptron under `mlp/`.
     """
 
     def __init__(
@@ -52,7 +57,9 @@ class DiTBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None = None) -> jax.Array:
         keys = (None, None) if key is None else jax.random.split(key)
-        shift, scale, gate = jnp.split(self.modulation(cond), 3, axis=-1)
-        h = self.attention(modulate(layer_norm(x), shift, scale))
+        shift, scale, gate = jnp.split(tap("modulation", self.modulation(cond)), 3, axis=-1)
+        with scope("attention"):
+            h = self.attention(modulate(layer_norm(x), shift, scale))
         x = x + gate[:, None] * dropout(h, self.dropout_rate, keys[0])
-        return self.mlp(x, cond, keys[1])
+        with scope("mlp"):
+            return self.mlp(x, cond, keys[1])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.nn.norm import GroupNorm
+from diffjax.nn.taps import scope, tap
 
 
 class SelfAttention(nnx.Module):
@@ -17,6 +19,8 @@ class SelfAttention(nnx.Module):
       scale: what the products of queries and keys of d channels are multiplied by: "sqrt" for `1 / sqrt(d)`, "mup" for
         `8 / d`, which keeps its size when heads grow (Yang et al. 2022, arXiv:2203.03466, Definition 4.1; the 8 makes
         both equal at the usual d = 64).
+
+    Activations: `q`, `k`, `v` and `mixed`, `[B, T, heads, C / heads]`, and `out`, `[B, T, C]`.
     """
 
     def __init__(self, width: int, heads: int, *, zero: bool = False, scale: str = "sqrt", dtype, rngs):
@@ -26,10 +30,20 @@ class SelfAttention(nnx.Module):
         self.heads, self.scale = heads, {"sqrt": None, "mup": 8 * heads / width}[scale]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], scale=self.scale)
-        return self.out(mixed.reshape(x.shape))
+        qkv = self._project(x)
+        q, k, v = (tap(name, qkv[:, :, i]) for i, name in enumerate("qkv"))
+        mixed = tap("mixed", jax.nn.dot_product_attention(q, k, v, scale=self.scale))
+        return tap("out", self.out(mixed.reshape(x.shape)))
+
+    def _project(self, x):
+        """`self.qkv(x)` as `[B, T, 3, heads, C / heads]`.
+
+        The product itself has the axis of the heads, so that devices can share them: halves of a flat `3 C` would cut
+        through the keys.
+        """
+        heads = (3, self.heads, x.shape[-1] // self.heads)
+        x, kernel, bias = (a.astype(self.qkv.dtype) for a in (x, self.qkv.kernel[...], self.qkv.bias[...]))
+        return jnp.einsum("btc,cshd->btshd", x, kernel.reshape(-1, *heads)) + bias.reshape(heads)
 
 
 class PixelAttention(nnx.Module):
@@ -41,4 +55,6 @@ class PixelAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        return x + self.attention(tokens).reshape(x.shape)
+        with scope("attention"):
+            mixed = self.attention(tokens)
+        return tap("out", x + mixed.reshape(x.shape))

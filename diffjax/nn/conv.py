@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.nn.norm import GroupNorm, dropout
+from diffjax.nn.taps import tap
 
 
 def conv(channels_in: int, channels_out: int, size: int = 3, *, zero: bool = False, dtype, rngs) -> nnx.Conv:
@@ -35,7 +36,8 @@ class ResBlock(nnx.Module):
       resample: "up", "down" or None; applied to both branches between the first normalisation and convolution.
       dropout_rate: before the second convolution, only in calls that are given a key.
 
-    The second convolution starts at zero, so the block starts as its skip connection.
+    The second convolution starts at zero, so the block starts as its skip connection. Activations: `film [B, 2 C_out]`,
+    `hidden` between the convolutions and `out`, `[B, H', W', C_out]`.
     """
 
     def __init__(
@@ -53,9 +55,9 @@ class ResBlock(nnx.Module):
     def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`x [B, H, W, C_in]` and the activated condition `cond [B, cond_width]` to `[B, H', W', C_out]`."""
         resample = {"up": double, "down": halve, None: lambda a: a}[self.resample]
-        h = self.conv1(resample(nnx.silu(self.norm1(x))))
-        scale, shift = jnp.split(self.film(cond), 2, axis=-1)
+        h = tap("hidden", self.conv1(resample(nnx.silu(self.norm1(x)))))
+        scale, shift = jnp.split(tap("film", self.film(cond)), 2, axis=-1)
         h = nnx.silu(self.norm2(h, shift, scale))
         h = self.conv2(dropout(h, self.dropout_rate, key))
         x = resample(x)
-        return h + (x if self.skip is None else self.skip(x))
+        return tap("out", h + (x if self.skip is None else self.skip(x)))

@@ -1,10 +1,15 @@
-"""Normalisation in float32, written so that it is fast on CPU too, and dropout."""
+"""Normalisation in at least float32, written so that it is fast on CPU too, and dropout."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in its own type if that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, groups: int, eps: float = 1e-5) -> jax.Array:
@@ -14,12 +19,12 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, groups: int, 
       scale, bias: `[C]`, or `[B, C]` to modulate each sample.
       groups: must divide `C`.
 
-    Statistics are sums per channel first and per group afterwards, in float32: no reshape of the large array, which
-    XLA's CPU back end turns into slow reductions.
+    Statistics are sums per channel first and per group afterwards, in at least float32: no reshape of the large array,
+    which XLA's CPU back end turns into slow reductions.
     """
     batch, channels = x.shape[0], x.shape[-1]
     space = tuple(range(1, x.ndim - 1))
-    f = x.astype(jnp.float32)
+    f = widen(x)
 
     def per_group(mean):
         return jnp.repeat(mean.reshape(batch, groups, -1).mean(-1), channels // groups, axis=-1)
@@ -38,8 +43,8 @@ def layer_norm(x: jax.Array, *, eps: float = 1e-6) -> jax.Array:
     The means are matrix-vector products: XLA's CPU back end is slow at reducing a minor axis. Their precision is pinned
     because accelerators round the inputs of float32 products by default.
     """
-    f = x.astype(jnp.float32)
-    mean_weights = jnp.full((x.shape[-1],), 1.0 / x.shape[-1], jnp.float32)
+    f = widen(x)
+    mean_weights = jnp.full((x.shape[-1],), 1.0 / x.shape[-1], f.dtype)
 
     def mean(a):
         return jnp.dot(a, mean_weights, precision=jax.lax.Precision.HIGHEST)[..., None]
@@ -69,7 +74,7 @@ class GroupNorm(nnx.Module):
         a, b = self.scale[...], self.bias[...]
         if shift is not None:
             # One affine map of the normalised input instead of two passes over it.
-            a, b = a * (1 + scale.astype(jnp.float32)), b * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+            a, b = a * (1 + widen(scale)), b * (1 + widen(scale)) + widen(shift)
         return group_norm(x, a, b, groups=self.groups)
 
 

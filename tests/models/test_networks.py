@@ -102,7 +102,9 @@ def test_sharding_rules_cover_every_parameter_with_its_rank(net):
     leaves = paths.named_leaves(params)
     for name, axes in paths.match(model.rules, leaves, "sharding").items():
         assert len(axes) in (0, leaves[name].ndim), name
-        assert set(axes) <= {None, "fsdp", "tensor"}, name
+        groups = [(axis,) if axis is None or isinstance(axis, str) else axis for axis in axes]
+        flat = [axis for group in groups for axis in group if axis]
+        assert set(flat) <= {"fsdp", "tensor"} and len(flat) == len(set(flat)), name
     kernels = [n for n in leaves if n.endswith("kernel")]
     assert all(any(paths.match(model.rules, [n], "sharding")[n]) for n in kernels)
 

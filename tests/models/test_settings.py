@@ -14,7 +14,7 @@ WRONG = [
     ("dit(patch=0)", "patch=0: expected an integer >= 1"),
     ("dit(mlp_ratio=0)", "mlp_ratio=0: expected a positive number"),
     ("dit(mlp_ratio=float)", "literals"),
-    ("dit(dtype='bf16')", "dtype='bf16': known: float32, bfloat16, float16; did you mean 'bfloat16'"),
+    ("dit(dtype='bf16')", "dtype='bf16': known: float32, bfloat16, float16, float64; did you mean 'bfloat16'"),
     ("dit(dropout=1.0)", r"dropout=1.0: expected a rate in \[0, 1\)"),
     ("dit(time_embed='sinusoid')", "did you mean 'sinusoidal'"),
     ("dit(head=4)", "did you mean 'heads'"),

@@ -1,0 +1,50 @@
+"""Named activations: where a network says what it computes, and a caller may look at it or change it.
+
+`tap(name, x)` is `x` unless the caller has installed a function with `tapped`. Who splits activations over devices,
+keeps features of a layer or replaces them needs nothing else from the network. What is installed is part of the key of
+JAX's compile caches, so a function that was traced without it is traced again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import jax
+
+Tap = Callable[[str, jax.Array], jax.Array]
+
+# (functions, innermost first; prefix of the names)
+_CONTEXT = jax.make_user_context(((), ""))
+
+
+def tap(name: str, x: jax.Array) -> jax.Array:
+    """`x`, passed through the installed functions under `scope/name`; `x` itself without any.
+
+    In a network that scans over its layers a name stands for the activations of all of them, and a function may change
+    them but not keep them: they do not exist outside the loop.
+    """
+    functions, prefix = _CONTEXT.value
+    for function in functions:
+        x = function(prefix + name, x)
+    return x
+
+
+@contextlib.contextmanager
+def tapped(function: Tap) -> Iterator[None]:
+    """Installs `function(name, x) -> x`, an `x` of the same shape and dtype, for what is traced inside.
+
+    Functions nest; the innermost sees an activation first.
+    """
+    functions, prefix = _CONTEXT.value
+    with _CONTEXT(((function, *functions), prefix)):
+        yield
+
+
+@contextlib.contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Puts `name/` before the names of the activations inside."""
+    functions, prefix = _CONTEXT.value
+    # Without a function nobody hears the names, and a changed context would only cost traces.
+    with _CONTEXT((functions, f"{prefix}{name}/")) if functions else contextlib.nullcontext():
+        yield
