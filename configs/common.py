@@ -118,7 +118,7 @@ def dit(arg, *, shape, sizes, batch, steps, remat=False):
     config.data = f"synthetic(shape={shape}, num_classes=1000)"
     config.schedule, config.head, config.time = "ddpm()", "eps", "discrete(num_steps=1000)"
     config.label_dropout = 0.1
-    config.model = ConfigDict(dict(name="dit", patch=2, dtype="bfloat16", remat=arg.remat, **sizes))
+    config.model = ConfigDict(dict(name="dit", patch=2, time_scale=1.0, dtype="bfloat16", remat=arg.remat, **sizes))
     config.optim = ConfigDict(dict(name="adam", lr=1e-4, b2=0.999, clip=0.0))
     config.ema = ("decay(0.9999)",)
     config.log_every, config.checkpoint_every = 100, 5000

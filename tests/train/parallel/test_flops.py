@@ -11,6 +11,7 @@ from diffjax.models import MODELS
 from diffjax.models.presets import preset
 from diffjax.train.parallel import flops
 from diffjax.train.parallel.flops import step_flops
+from diffjax.train.parallel.sharding import make_mesh
 from diffjax.train.parts import prepare
 from diffjax.train.setup import abstract_batch
 from diffjax.train.state import abstract_state
@@ -91,6 +92,6 @@ def test_flops_of_a_dit_step_are_its_closed_form_and_remat_repeats_the_blocks():
 
 
 def test_flops_of_a_shard_map_are_those_of_all_devices():
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     assert count(split, (8, 5), (5, 7)) == 2 * 8 * 5 * 7
