@@ -309,7 +309,7 @@ def facts(run, settings: Settings, drawn: list[Samples], *, ema, seed: int) -> d
     return {
         "data": run.config.data,
         "step": int(run.step),
-        "ema": ema or (run.config.ema[0] if run.config.ema else "raw"),
+        "ema": run.ema,
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "num_samples": len(drawn[0].labels),
         "seeds": [seed + r for r in range(len(drawn))],

@@ -181,7 +181,7 @@ def write(base: Path, samples: Samples, run, *, columns: int, ema: str | None = 
     base.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "settings": samples.settings._asdict(), "cost": samples.cost._asdict(), "step": int(run.step),
-        "ema": ema or (run.config.ema[0] if run.config.ema else "raw"),
+        "ema": run.ema,
         "data": run.config.data, "diffjax": __version__, "jax": jax.__version__,
     }
     npz = base.with_name(base.name + ".npz")

@@ -25,7 +25,7 @@ from diffjax.train.errors import ConfigError
 
 # What a stored run and the config of a resumed run may differ in: nothing that the next update depends on, apart from
 # the learning rate schedule, which is laid out over `num_steps`.
-RESUMABLE = ("num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample_every", "profile", "sample", "eval")
+RESUMABLE = ("num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample_every", "profile", "ema_snapshots", "sample", "eval")
 
 FIX = "; edit the config file or pass --{path}=VALUE"
 
@@ -54,6 +54,7 @@ def defaults() -> ConfigDict:
             optim=dict(optim.DEFAULTS, clip=1.0),
             ema=("power(std=0.1)",),
             log_every=50,
+            ema_snapshots=0,
             checkpoint_every=500,
             keep=2,
             stop_at=0,
@@ -319,6 +320,9 @@ _RANGES = {
     "num_steps": _at_least(1),
     "label_dropout": _UNIT,
     "log_every": _at_least(1),
+    "loss.self_condition": _UNIT,
+    "loss.uncertainty": ((lambda v: v >= 0), "a number of Fourier features, or 0 for none"),
+    "ema_snapshots": ((lambda v: v >= 0), "a number of steps between snapshots, or 0 for none"),
     "checkpoint_every": _at_least(1),
     "keep": _at_least(2),
     "sample_every": _at_least(0),

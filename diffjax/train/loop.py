@@ -24,6 +24,7 @@ from diffjax.train.monitor.clock import Clock
 from diffjax.train.monitor.meters import usage
 from diffjax.train.monitor.profile import Profile
 from diffjax.train.monitor.summary import summarize
+from diffjax.train.optim import evaluation_params, snapshots
 from diffjax.train.parallel import sharding
 from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parts import Parts, prepare
@@ -61,6 +62,7 @@ class Session(NamedTuple):
     flops: Callable[[], float]  # of one step
     workdir: str
     windows: list  # of metrics on the host, reported since the last checkpoint
+    snapshots: Any = None  # of the averages, every `ema_snapshots` steps
 
 
 def train(
@@ -111,6 +113,11 @@ def train(
         session = Session(
             config, parts, mesh, step_fn, empty, iterator, checkpoints, writer, terminal, picture, flops, workdir, []
         )
+        if config.ema_snapshots:
+            session = session._replace(snapshots=snapshots.open_snapshots(workdir, step=step))
+            stack.callback(session.snapshots.close)
+            text = snapshots.cost(config.ema_snapshots, last_step(config), state.ema)
+            terminal.write_texts(step, {"note": text})
         return run(session, step, state, caught)
 
 
@@ -132,13 +139,19 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
         if traced := profile.after(step, state):
             session.terminal.write_texts(step, {"note": f"profile of steps {config.profile} in {traced}"})
         ends = step == last or bool(caught)
+        keeps = snapshots.due(config.ema_snapshots, step, last)
         saves = step % config.checkpoint_every == 0 or ends
-        if step % config.log_every == 0 or saves:
+        if step % config.log_every == 0 or saves or keeps:
             pending, window = (step, window), session.empty()
+        if keeps:
+            # As below, nothing is kept that was not seen to be finite.
+            pending = report(session, clock, *pending)
+            with clock.paused("ema snapshots"):
+                snapshots.save(session.snapshots, step, state.ema)
         if saves:
             # A state is saved only after every step that led to it was seen to be finite; and as its window ends here,
             # a run that goes on from it has the windows of one that was never stopped.
-            pending = report(session, clock, *pending)
+            pending = pending and report(session, clock, *pending)
             metrics = {"loss": mean_loss(session.windows)}
             session.windows.clear()
             # Before the save: no checkpoint may be later than the rows that a killed process leaves.
@@ -174,7 +187,8 @@ def report(session: Session, clock: Clock, step: int, window: steps.Metrics) -> 
 
 def averaged(session: Session, state: TrainState) -> dict:
     """The parameters that the run is judged by: its first average, or the parameters where it keeps none."""
-    return state.ema[session.config.ema[0]] if session.config.ema else state.params
+    own = lambda: evaluation_params(state.opt_state, state.params)
+    return state.ema[session.config.ema[0]] if session.config.ema else own()
 
 
 def conclude(session: Session, clock: Clock, step: int, state: TrainState) -> None:

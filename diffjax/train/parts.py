@@ -94,6 +94,8 @@ def assemble(config: ConfigDict) -> Parts:
     checks.check_guidance(config, dataset.num_classes)
     with naming("config.augment"):
         augment = tuple(registry.build(spec, data.AUGMENTS, "augmentation") for spec in config.augment)
+    with naming("config.ema_snapshots"):
+        optim.snapshots.check(config.ema_snapshots, config.ema)
     if config.batch_size > len(dataset.train):
         raise ConfigError(
             f"config.batch_size is {config.batch_size}; it must be at most the {len(dataset.train)} training items"

@@ -14,6 +14,7 @@ from diffjax import registry
 from diffjax.core.types import Head, Model
 from diffjax.train import paths
 from diffjax.train.errors import ConfigError
+from diffjax.train.optim import schedule_free, snapshots
 from diffjax.train.parts import Parts, assemble
 from diffjax.train.workdir import read_config
 
@@ -48,6 +49,7 @@ class Run(NamedTuple):
       schedule: `t -> Level`.
       head: what the network's output means.
       step: updates done, an int.
+      ema: which average `params` are, or `"raw"`.
     """
 
     config: ConfigDict
@@ -57,6 +59,7 @@ class Run(NamedTuple):
     schedule: Any
     head: Head
     step: int
+    ema: str = RAW
 
 
 def init_state(parts: Parts, key: jax.Array) -> TrainState:
@@ -91,7 +94,10 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
 
     Args:
       workdir: what `diffjax train --workdir` was given.
-      ema: which average, one of `config.ema`; `"raw"` for the parameters themselves; default the first average.
+      ema: which average, one of `config.ema`; `"raw"` for the parameters themselves; `"schedule_free"` for those that
+        such an optimiser evaluates; `"posthoc(std=0.07)"` for a power-function average that was not tracked, rebuilt
+        from the run's `ema_snapshots` for any step up to the last of them. Default the first average, else
+        `"schedule_free"`, else `"raw"`.
       step: which checkpoint; default the newest readable one. `"best"` is the one with the lowest mean training loss
         since the checkpoint before it, of the raw parameters as they were trained: not of the average, nor on held-out
         data.
@@ -104,6 +110,13 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
     config = read_config(workdir)
     chosen = choose_ema(config, ema)
     parts = assemble(config)
+    run = Run(config, parts.dataset, parts.model, {}, parts.schedule, parts.head, 0, chosen)
+    if snapshots.is_posthoc(chosen):
+        try:
+            at, found = snapshots.rebuild(workdir, config.ema, chosen, step)
+        except ValueError as error:
+            raise ConfigError(f"{workdir!r}: {error}") from error
+        return run._replace(params=jax.tree.map(jnp.asarray, fit(parts, found)), step=at)
     checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
     steps = checkpoints.steps()
     if step == "best" and steps:
@@ -115,8 +128,11 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
             f"{workdir!r} holds {asked}; saved steps: {', '.join(map(str, steps)) or 'none'}; "
             "one is written every config.checkpoint_every steps and at the end"
         )
-    at, found = checkpoints.restore_part("params" if chosen == RAW else f"ema/{chosen}", step)
-    return Run(config, parts.dataset, parts.model, fit(parts, found), parts.schedule, parts.head, at)
+    at, found = checkpoints.restore_part("params" if chosen in (RAW, schedule_free.NAME) else f"ema/{chosen}", step)
+    if chosen == schedule_free.NAME:
+        where = schedule_free.where_z_is(abstract_state(parts).opt_state)
+        found = schedule_free.average(found, checkpoints.restore_part(f"opt_state/{where}", at)[1], config.optim.b1)
+    return run._replace(params=fit(parts, found), step=at)
 
 
 def fit(parts: Parts, found: dict) -> dict:
@@ -134,14 +150,17 @@ def fit(parts: Parts, found: dict) -> dict:
 
 
 def choose_ema(config: ConfigDict, ema: str | None) -> str:
-    """The key of the average to use: `ema` if the config has it, the first one (or `"raw"` without any) for None.
+    """The key of the average to use: `ema` if the config has it or it can be made, the first one that it has for None.
 
     Raises:
       ConfigError: for an average that the run does not keep.
     """
-    known = (*config.ema, RAW)
+    free = registry.parse(config.optim.name)[0] == schedule_free.NAME
+    known = (*config.ema, *([schedule_free.NAME] if free else []), RAW)
     if ema is None:
         return known[0]
-    if ema not in known:
-        raise ConfigError(f"unknown ema {ema!r}; this run keeps: {', '.join(known)}{registry.nearest(ema, known)}")
+    if ema not in known and not snapshots.is_posthoc(ema):
+        more = ", and 'posthoc(std=...)'" if config.ema_snapshots else ""
+        hint = registry.nearest(ema, known)
+        raise ConfigError(f"unknown ema {ema!r}; this run keeps: {', '.join(known)}{more}{hint}")
     return ema

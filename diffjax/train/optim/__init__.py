@@ -1,5 +1,6 @@
 """Optimisers, learning rates and averages of the parameters."""
 
+from diffjax.train.optim import snapshots
 from diffjax.train.optim.ema import EMAS, Ema
 from diffjax.train.optim.mup import with_base
 from diffjax.train.optim.optimizers import OPTIMIZERS, build_optimizer
@@ -16,5 +17,6 @@ __all__ = [
     "build_lr",
     "build_optimizer",
     "evaluation_params",
+    "snapshots",
     "with_base",
 ]
