@@ -19,7 +19,7 @@ ALLOWED = {
     "convert": {"scipy", "diffjax.core", "diffjax.sampling", "diffjax.convert"},
     "nn": {"flax", "diffjax.nn"},
     "models": {"flax", "diffjax.nn", "diffjax.models", "diffjax.core.types", "diffjax.registry"},
-    "data": {"grain", "sklearn", "scipy", "diffjax.data", "diffjax.registry"},
+    "data": {"grain", "absl", "PIL", "tensorflow_datasets", "sklearn", "scipy", "diffjax.data", "diffjax.registry"},
     "metrics": {"sklearn", "scipy", "threadpoolctl", "diffjax.metrics", "diffjax.data", "diffjax.registry"},
     "viz": {"matplotlib", "diffjax.viz"},
 }

@@ -1,9 +1,45 @@
 """Data sets, augmentation and the input pipeline."""
 
-from diffjax.data.pipeline import AUGMENTS, batches
+from diffjax.data.errors import Unreadable, UnreadableError, WorkerError
+from diffjax.data.latents import latents
+from diffjax.data.mixture import mix, mixture
+from diffjax.data.pipeline import AUGMENTS, BatchIterator, batches
+from diffjax.data.readers import array_record, folder, tar, tfds
 from diffjax.data.sources import ArraySource, Dataset, Pixels, arrays, digits, npz
 from diffjax.data.synthetic import synthetic
 
-SOURCES = {"digits": digits, "npz": npz, "synthetic": synthetic}
+SOURCES = {
+    "array_record": array_record,
+    "digits": digits,
+    "folder": folder,
+    "latents": latents,
+    "mixture": mixture,
+    "npz": npz,
+    "synthetic": synthetic,
+    "tar": tar,
+    "tfds": tfds,
+}
 
-__all__ = ["AUGMENTS", "SOURCES", "ArraySource", "Dataset", "Pixels", "arrays", "batches", "digits", "npz", "synthetic"]
+__all__ = [
+    "AUGMENTS",
+    "SOURCES",
+    "ArraySource",
+    "BatchIterator",
+    "Dataset",
+    "Pixels",
+    "Unreadable",
+    "UnreadableError",
+    "WorkerError",
+    "array_record",
+    "arrays",
+    "batches",
+    "digits",
+    "folder",
+    "latents",
+    "mix",
+    "mixture",
+    "npz",
+    "synthetic",
+    "tar",
+    "tfds",
+]

@@ -212,7 +212,9 @@ def image_dataset(
     shape = (*view.shapes[0], channels)
     return Dataset(
         train=ImageSource(reader, train, view, groups),
-        heldout=ImageSource(other, held, View(view.shapes[:1], "none" if crop == "none" else "center", channels=channels)),
+        heldout=ImageSource(
+            other, held, View(view.shapes[:1], "none" if crop == "none" else "center", channels=channels)
+        ),
         shape=shape,
         num_classes=num_classes,
         to_pixels=PIXELS,

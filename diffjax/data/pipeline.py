@@ -34,7 +34,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
-    """An endless iterator of shuffled batches; batch `i` is a function of source, batch size, seed, augmentation and `i`.
+    """An endless iterator of shuffled batches; batch `i` is a function of the first arguments, to `augment`, and `i`.
 
     Each epoch visits every item once, in an order of its own; a batch may span two epochs, so none is short and no
     item is dropped. `get_state()` and `set_state(state)` stop and go on mid-epoch with the very same batches, also with
@@ -45,8 +45,8 @@ def batches(
 
     Args:
       source: has `__len__` and `__getitem__(i) -> dict of arrays`, and optionally `take(indices) -> dict of stacked
-        arrays`, which is then used for speed; or `draw(i, key)`, the item as training sees it, where `key` is a tuple of
-        integers that is another for each place in the stream (random crops and flips come from it).
+        arrays`, which is then used for speed; or `draw(i, key)`, the item as training sees it, where `key` is a tuple
+        of integers that is another for each place in the stream (random crops and flips come from it).
       batch_size: items per batch over all processes, at most `len(source)`.
       seed: of the order and the augmentation, in `0 .. 2**32 - 1`.
       augment: a spec such as `"shift(pixels=1)"`, a function `(batch, rng) -> batch`, or a tuple of them, applied in
@@ -262,8 +262,8 @@ def _on_batch(fn: Callable, rows: slice | None, total: int) -> Callable:
 def _too_many(found: list[str], most: int) -> str:
     shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
     return (
-        f"{len(found)} item{'s' if len(found) > 1 else ''} of the data cannot be read, and the limit is {most}: {shown}; "
-        "mend or remove them, or raise config.input.max_bad"
+        f"{len(found)} item{'s' if len(found) > 1 else ''} of the data cannot be read, and the limit is {most}: "
+        f"{shown}; mend or remove them, or raise config.input.max_bad"
     )
 
 
@@ -271,8 +271,8 @@ def _death(error: Exception, workers: int) -> str:
     code = str(error).split("exit code")[-1].strip().split(".")[0]
     reasons = {"-9": " (killed, as the system does when memory runs out)", "-7": " (no room left in /dev/shm)"}
     return (
-        f"one of the {workers} input workers ended with exit code {code}{reasons.get(code, '')}; its own message, if it "
-        "had any, is above; lower config.input.workers or config.input.prefetch, or set workers=0 to see the error here"
+        f"one of the {workers} input workers ended with exit code {code}{reasons.get(code, '')}; its own message, if "
+        "it had any, is above; lower config.input.workers or config.input.prefetch, or set workers=0 to see the error here"
     )
 
 

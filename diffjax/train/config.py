@@ -25,7 +25,7 @@ from diffjax.train.errors import ConfigError
 
 # What a stored run and the config of a resumed run may differ in: nothing that the next update depends on, apart from
 # the learning rate schedule, which is laid out over `num_steps`.
-RESUMABLE = ("num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample_every", "profile", "ema_snapshots", "sample", "eval")
+RESUMABLE = ("num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample_every", "profile", "ema_snapshots", "sample", "eval", "input")
 
 FIX = "; edit the config file or pass --{path}=VALUE"
 
@@ -39,6 +39,7 @@ def defaults() -> ConfigDict:
             seed=0,
             data="digits()",
             augment=(),
+            input=dict(workers=0, threads=0, prefetch=2, max_bad=16),
             batch_size=128,
             num_steps=1000,
             init_from="",
@@ -49,12 +50,13 @@ def defaults() -> ConfigDict:
             head="edm(sigma_data=0.5)",
             time="lognormal(mean=-1.2, std=1.2)",
             weight="",
+            loss=dict(space="", pairing="", self_condition=0.0, uncertainty=0, variance=""),
             model=dict(name="mlp"),
             label_dropout=0.1,
             optim=dict(optim.DEFAULTS, clip=1.0),
             ema=("power(std=0.1)",),
-            log_every=50,
             ema_snapshots=0,
+            log_every=50,
             checkpoint_every=500,
             keep=2,
             stop_at=0,
@@ -317,12 +319,16 @@ _UNIT = (lambda v: 0.0 <= v <= 1.0), "in [0, 1]"
 _RANGES = {
     "seed": ((lambda v: 0 <= v < 2**31), "in 0 ... 2**31 - 1"),
     "batch_size": _at_least(1),
+    "input.workers": _at_least(0),
+    "input.threads": _at_least(0),
+    "input.prefetch": _at_least(1),
+    "input.max_bad": _at_least(0),
     "num_steps": _at_least(1),
     "label_dropout": _UNIT,
-    "log_every": _at_least(1),
     "loss.self_condition": _UNIT,
     "loss.uncertainty": ((lambda v: v >= 0), "a number of Fourier features, or 0 for none"),
     "ema_snapshots": ((lambda v: v >= 0), "a number of steps between snapshots, or 0 for none"),
+    "log_every": _at_least(1),
     "checkpoint_every": _at_least(1),
     "keep": _at_least(2),
     "sample_every": _at_least(0),
