@@ -1,5 +1,6 @@
 """The mathematics: levels, schedules, grids, heads, losses and exact denoisers. jax and numpy only."""
 
+from diffjax.core.assignment import assign
 from diffjax.core.heads import EPS, FLOW, HEADS, SCORE, X0, V, denoiser, edm, from_karras
 from diffjax.core.losses import TIMES, WEIGHTS, add_noise, loss
 from diffjax.core.oracle import Empirical, Gaussian, Mixture
@@ -10,6 +11,7 @@ from diffjax.core.schedules import (
     VP,
     Cosine,
     Flow,
+    Learned,
     LinearLogSNR,
     Schedule,
     SubVP,
@@ -51,6 +53,7 @@ __all__ = [
     "Gaussian",
     "HEADS",
     "Head",
+    "Learned",
     "Level",
     "LinearLogSNR",
     "Mixture",
@@ -72,6 +75,7 @@ __all__ = [
     "X0",
     "add_noise",
     "asinh",
+    "assign",
     "custom",
     "ddpm",
     "denoiser",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from diffjax.core.heads import EPS
 from diffjax.core.schedules import Schedule, rate
-from diffjax.core.types import Array, Head, Level, expand
+from diffjax.core.types import Array, Head, Level, Prediction, expand
 
 Weight = Callable[[Level], Array]
 TimeSampler = Callable[[jax.Array, int], Array]
@@ -30,7 +31,8 @@ def loss(
     eps: Array | None = None,
     weight: Weight | None = None,
     space: Head | None = None,
-) -> Array:
+    predict: bool = False,
+) -> Array | tuple[Array, Prediction]:
     """Denoising loss of each sample, [B] in at least float32: the mean over its elements of a squared error.
 
     Without `weight` the error is that of the head's own target: the simple loss of DDPM for EPS, flow matching for
@@ -46,6 +48,7 @@ def loss(
       eps: unit Gaussian [B, ...].
       weight: `Level -> [B]`, factor of the squared error.
       space: the head in whose target the error is measured.
+      predict: whether `(loss, Prediction)` comes back, with the network's second output, if it has one, in `aux`.
 
     Raises:
       ValueError: if neither or both of `key` and `eps` are given, or the shapes do not fit.
@@ -61,14 +64,16 @@ def loss(
     space = space or (head if weight is None else EPS)
     x = add_noise(x0, eps, level)
     out = f(x * expand(head.scale_in(level), x), level.t)
-    out = (out[0] if isinstance(out, tuple) else out).astype(dtype)
+    out, aux = out if isinstance(out, tuple) else (out, ())
+    out = out.astype(dtype)
     if out.shape != x.shape:
         raise ValueError(f"the network returned shape {out.shape} for x of shape {x.shape}; they must be equal")
+    prediction = head.split(out, x, level) if predict or space is not head else None
     if space is not head:
-        prediction = head.split(out, x, level)
         out = space.target(prediction.x0, prediction.eps, level)
     error = jnp.mean((out - space.target(x0, eps, level)) ** 2, axis=tuple(range(1, x.ndim)))
-    return error if weight is None else weight(level) * error
+    error = error if weight is None else weight(level) * error
+    return (error, prediction._replace(aux=aux)) if predict else error
 
 
 # Weights. Each returns `Level -> [B]`, the factor of the squared error of eps.
@@ -110,9 +115,21 @@ def sigmoid(schedule: Schedule, bias: float = 2.0) -> Weight:
     return lambda level: jax.nn.sigmoid(bias - level.logsnr) * 0.5 * rate(schedule, level.logsnr)
 
 
+def truncated_snr(least: float = 1.0) -> Weight:
+    """`max(SNR, least)` of the x0 error (Salimans and Ho 2022, arXiv:2202.00512, section 4), restated for eps."""
+    return lambda level: jnp.maximum(1.0, least * level.s**2)
+
+
+def debiased() -> Weight:
+    """`1 / sqrt(SNR)` (Yu et al. 2023, arXiv:2310.08442, Eq. 12): high noise weighs more; unbounded at alpha = 0."""
+    return lambda level: level.s
+
+
 WEIGHTS = {
     "simple": simple,
     "min_snr": min_snr,
+    "truncated_snr": truncated_snr,
+    "debiased": debiased,
     "p2": p2,
     "edm": edm_weight,
     "elbo": elbo,
@@ -172,6 +189,50 @@ def lognormal_times(mean: float = -1.2, std: float = 1.2) -> TimeSampler:
     return lambda key, n: jnp.exp(mean + std * jax.random.normal(key, (n,)))
 
 
+def mode_times(scale: float = 1.29) -> TimeSampler:
+    """`1 - u - scale (cos^2(pi u / 2) - 1 + u)` of a uniform u: the middle favoured, with heavy tails, or not.
+
+    Esser et al. 2024 (arXiv:2403.03206, Eq. 20 and its best scale in Table 1). Positive scales favour the middle of
+    [0, 1], negative ones its ends; 0 is uniform.
+
+    Raises:
+      ValueError: unless `-1 <= scale <= 2 / (pi - 2)`, where the map is monotone.
+    """
+    most = 2 / (math.pi - 2)
+    if not -1 <= scale <= most:
+        raise ValueError(f"times: mode has scale={scale!r}; expected -1 <= scale <= 2 / (pi - 2) = {most:.4f}")
+
+    def times(key, n):
+        u = jax.random.uniform(key, (n,))
+        return jnp.clip(1 - u - scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u), 0.0, 1.0)
+
+    return times
+
+
+def cosmap_times() -> TimeSampler:
+    """`1 - 1 / (tan(pi u / 2) + 1)` of a uniform u: on `Flow()` the log-SNR of the cosine schedule.
+
+    Esser et al. 2024 (arXiv:2403.03206, Eq. 21).
+    """
+
+    def times(key, n):
+        angle = jnp.pi / 2 * (1 - jax.random.uniform(key, (n,)))
+        return jnp.sin(angle) / (jnp.sin(angle) + jnp.cos(angle))  # without the tangent's pole
+
+    return times
+
+
+def beta_times(a: float = 1.5, b: float = 1.0) -> TimeSampler:
+    """`Beta(a, b)` in [0, 1]; a > b favours the noise (Black et al. 2024, arXiv:2410.24164, appendix B, time reversed).
+
+    Raises:
+      ValueError: for a shape that is not positive.
+    """
+    if not (a > 0 and b > 0):
+        raise ValueError(f"times: expected positive shapes of the beta distribution, got a={a!r}, b={b!r}")
+    return lambda key, n: jax.random.beta(key, a, b, (n,))
+
+
 def discrete_times(num_steps: int = 1000) -> TimeSampler:
     """Uniform over the integers 0 .. num_steps - 1 as floats, for a `Table`."""
     if not isinstance(num_steps, int) or num_steps < 1:
@@ -185,5 +246,8 @@ TIMES = {
     "antithetic": antithetic_times,
     "logit_normal": logit_normal_times,
     "lognormal": lognormal_times,
+    "mode": mode_times,
+    "cosmap": cosmap_times,
+    "beta": beta_times,
     "discrete": discrete_times,
 }

@@ -11,8 +11,8 @@ A user's schedule is any object with these five. Formulas avoid `1 - alpha ** 2`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -392,6 +392,102 @@ def sigmoid_table(num_steps: int = 1000, start: float = 1e-4, end: float = 0.02,
     return _table(sigmoid_betas(num_steps, start, end), rescale)
 
 
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """Variance-preserving, log-SNR a decreasing network of `t` in [0, 1] between two fixed ends.
+
+    `logsnr(t) = logsnr_max - (logsnr_max - logsnr_min) (g(t) - g(0)) / (g(1) - g(0))` with
+    `g(t) = w1 t + sum_k w3_k sigmoid(w2_k t + b_k)` and positive weights (Kingma et al. 2021, arXiv:2107.00630,
+    appendix H), so it decreases whatever the parameters are. It departs from the paper in its ends, which are settings,
+    and in `Level.t`: the network is told the fraction of log-SNR between the ends, the same as by
+    `LinearLogSNR(logsnr_min, logsnr_max)`, so its input does not move when the schedule does.
+
+    Attributes:
+      logsnr_min: at t = 1.
+      logsnr_max: at t = 0.
+      width: sigmoids in g.
+      params: as from `init`; None is the schedule linear in log-SNR.
+
+    Raises:
+      ValueError: unless `logsnr_min < logsnr_max`, both finite, and `width >= 1`.
+    """
+
+    logsnr_min: float = -10.0
+    logsnr_max: float = 10.0
+    width: int = 64
+    params: Any = None
+    t_min = 0.0
+    t_max = 1.0
+
+    def __post_init__(self):
+        LinearLogSNR(self.logsnr_min, self.logsnr_max)  # which checks them
+        if not isinstance(self.width, int) or self.width < 1:
+            raise ValueError(f"learned schedule: width={self.width!r}: expected a whole number >= 1")
+
+    @property
+    def _linear(self) -> LinearLogSNR:
+        return LinearLogSNR(self.logsnr_min, self.logsnr_max)
+
+    def init(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Parameters, near the linear schedule: the sigmoids begin with a hundredth of the slope."""
+        centres = (jnp.arange(self.width, dtype=jnp.float32) + jax.random.uniform(key)) / self.width
+        steep = jnp.full(self.width, 10.0)
+        heights = jnp.full(self.width, _inverse_softplus(0.01 / self.width), jnp.float32)
+        return {
+            "slope": jnp.asarray(_inverse_softplus(1.0), jnp.float32),
+            "steep": jnp.log(jnp.expm1(steep)),
+            "bias": -steep * centres,
+            "height": heights,
+        }
+
+    def bind(self, params: Any) -> Learned:
+        """The schedule with these parameters."""
+        return replace(self, params=params)
+
+    def _fraction(self, t):
+        """`(g(t) - g(0)) / (g(1) - g(0))`, exactly 0 and 1 at the ends."""
+        xp = namespace(t, *(self.params.values() if not _concrete(self.params) else ()))
+        p = {name: xp.asarray(a) for name, a in self.params.items()}
+        softplus = lambda a: xp.logaddexp(a, 0.0)
+        slope, steep, height = softplus(p["slope"]), softplus(p["steep"]), softplus(p["height"])
+
+        def rise(t):
+            # g(t) - g(0) as one difference per sigmoid: 1/2 (tanh(a / 2) - tanh(b / 2)).
+            each = xp.tanh((steep * t[..., None] + p["bias"]) / 2) - xp.tanh(p["bias"] / 2)
+            return slope * t + 0.5 * (each * height).sum(-1)
+
+        return rise(t) / rise(xp.ones_like(t))
+
+    def __call__(self, t: Array) -> Level:
+        t = t if isinstance(t, jax.Array) else np.asarray(t, np.float64)
+        # Level.t of the linear schedule is its argument: the fraction of log-SNR that lies behind.
+        return self._linear(t if self.params is None else self._fraction(t))
+
+    def time(self, logsnr: Array) -> Array:
+        """The inverse, by 60 bisections; not for gradients with respect to the parameters."""
+        goal = self._linear.time(logsnr)
+        if self.params is None:
+            return goal
+        xp = namespace(goal)
+        low, high = xp.zeros_like(goal), xp.ones_like(goal)
+        for _ in range(60 if xp is np else 30):  # all the bits of float64 and of float32
+            middle = (low + high) / 2
+            above = self._fraction(middle) >= goal
+            low, high = xp.where(above, low, middle), xp.where(above, middle, high)
+        return (low + high) / 2
+
+    def at_logsnr(self, logsnr: Array) -> Level:
+        return self._linear.at_logsnr(logsnr)
+
+
+def _concrete(params) -> bool:
+    return not any(isinstance(a, jax.core.Tracer) for a in params.values())
+
+
+def _inverse_softplus(y: float) -> float:
+    return float(np.log(np.expm1(y)))
+
+
 def rate(schedule: Schedule, logsnr: Array) -> Array:
     """`-d logsnr / dt` of a schedule at a log-SNR, shape of `logsnr`: the density of noise levels per unit of time."""
     t = jnp.asarray(schedule.time(logsnr))
@@ -406,6 +502,7 @@ SCHEDULES = {
     "ve": VE,
     "edm": EDM,
     "flow": Flow,
+    "learned": Learned,
     "ddpm": ddpm,
     "scaled_linear": scaled_linear,
     "squared_cosine": squared_cosine,

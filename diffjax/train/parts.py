@@ -17,6 +17,7 @@ from diffjax.train import checks
 from diffjax.train.config import FIX, fill, naming
 from diffjax.train.errors import ConfigError
 from diffjax.train.monitor import writers
+from diffjax.train.objectives import Objective, build_objective, network_of
 
 
 class Parts(NamedTuple):
@@ -33,6 +34,7 @@ class Parts(NamedTuple):
       optimizer: `optax.GradientTransformation`.
       lr: `step -> learning rate`.
       ema: `{spec: Ema}`, in the config's order.
+      objective: what is minimised beside the plain loss.
     """
 
     dataset: Any
@@ -45,6 +47,7 @@ class Parts(NamedTuple):
     optimizer: Any
     lr: Callable
     ema: dict[str, Any]
+    objective: Objective = Objective()
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -76,7 +79,7 @@ def assemble(config: ConfigDict) -> Parts:
     Raises:
       ConfigError: for an unknown name, or settings that do not fit together.
     """
-    from diffjax import core, data, models
+    from diffjax import core, data
     from diffjax.train import optim
 
     schedule = _build(config, "schedule", core.SCHEDULES)
@@ -85,24 +88,24 @@ def assemble(config: ConfigDict) -> Parts:
     with naming("config.time"):
         checks.check_times(config, schedule, time)
     weight = _build(config, "weight", core.WEIGHTS, schedule=schedule) if config.weight else None
+    objective = build_objective(config, schedule)
     _check_sampling(config, schedule, head)
     averages = {}
     for spec in config.ema:
         with naming("config.ema"):
             averages[spec] = registry.build(spec, optim.EMAS, "ema")
+    with naming("config.ema_snapshots"):
+        optim.snapshots.check(config.ema_snapshots, config.ema)
     dataset = _build(config, "data", data.SOURCES)
     checks.check_guidance(config, dataset.num_classes)
     with naming("config.augment"):
         augment = tuple(registry.build(spec, data.AUGMENTS, "augmentation") for spec in config.augment)
-    with naming("config.ema_snapshots"):
-        optim.snapshots.check(config.ema_snapshots, config.ema)
     if config.batch_size > len(dataset.train):
         raise ConfigError(
             f"config.batch_size is {config.batch_size}; it must be at most the {len(dataset.train)} training items"
             + FIX.format(path="config.batch_size")
         )
-    network = partial(registry.build, known=models.MODELS, kind="model", shape=dataset.shape)
-    network = partial(network, num_classes=dataset.num_classes)
+    network = partial(network_of, objective, shape=dataset.shape, num_classes=dataset.num_classes)
     with naming("config.model"):
         model = network(dict(config.model))
     with naming("config.optim"):
@@ -113,7 +116,7 @@ def assemble(config: ConfigDict) -> Parts:
     if config.tensorboard:
         with naming("config.tensorboard"):
             writers.require_tensorboard()
-    return Parts(dataset, augment, schedule, head, time, weight, model, optimizer, lr, averages)
+    return Parts(dataset, augment, schedule, head, time, weight, model, optimizer, lr, averages, objective)
 
 
 def grid(spacing: str, schedule: Any, steps: int) -> Level:
@@ -164,7 +167,8 @@ def _check_model(config, model, dataset, optimizer):
 
     def trace(key, x, t, y):
         params = model.init(key)
-        return params, model.apply(params, x, t, y, key=key)
+        out = model.apply(params, x, t, y, key=key)
+        return params, out[0] if isinstance(out, tuple) else out
 
     with naming("config.model"):
         params, out = jax.eval_shape(trace, jax.eval_shape(lambda: jax.random.key(0)), x, t, y)

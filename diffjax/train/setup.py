@@ -43,7 +43,7 @@ def compile_step(config, parts: Parts, mesh, state_sharding):
         out_shardings=(state_sharding, everywhere),
         donate_argnums=(0, 1),
     )
-    blank = steps.empty_window(parts.dataset.num_classes)
+    blank = steps.empty_window(parts.dataset.num_classes, parts.objective.terms)
     compiled = jitted.lower(abstract_state(parts), blank, abstract_batch(config, parts)).compile()
     return compiled, lambda: jax.device_put(blank, everywhere)
 

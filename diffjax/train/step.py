@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from diffjax import core
+from diffjax.train.objectives import row_loss
 from diffjax.train.parallel.accumulate import Gradient, RowLoss, whole
 from diffjax.train.parts import Parts
 from diffjax.train.state import TrainState
@@ -41,7 +41,8 @@ class Metrics(NamedTuple):
 
     Attributes:
       steps: how many, int32.
-      loss: sum over steps of the mean loss.
+      loss: sum over steps of the mean loss, before the objective makes anything else of it.
+      terms: the same of what the objective adds, by name.
       bin_loss: [8] sum of the losses of the samples in each bin of log-SNR.
       bin_count: [8] how many samples that was.
       grad_norm: sum of the global norms of the gradient, before clipping.
@@ -53,6 +54,7 @@ class Metrics(NamedTuple):
 
     steps: jax.Array
     loss: jax.Array
+    terms: dict[str, jax.Array]
     bin_loss: jax.Array
     bin_count: jax.Array
     grad_norm: jax.Array
@@ -71,27 +73,26 @@ def make_train_step(
     label dropout, network dropout) from `fold_in(key(config.seed), i)`, so it is the same in a resumed run. `gradient`
     says how the gradient of a loss over rows is computed: at once, in microbatches, on several devices.
     """
-    num_classes = parts.dataset.num_classes
+    num_classes, objective = parts.dataset.num_classes, parts.objective
 
     def draw(batch, keys):
         # All that is random is drawn for the whole batch: whoever computes a part of it computes the same.
         x0 = batch["image"]
         eps = jax.random.normal(keys["noise"], x0.shape, jnp.promote_types(x0.dtype, jnp.float32))
         y = drop_labels(keys["label"], batch["label"], config.label_dropout, num_classes) if num_classes else None
-        return {"x0": x0, "t": parts.time(keys["time"], len(x0)), "eps": eps, "y": y}
-
-    def loss_fn(params, rows, key):
-        level = parts.schedule(rows["t"])
-        f = lambda x, t: parts.model.apply(params, x, t, rows["y"], key=key)
-        losses = core.loss(f, parts.head, rows["x0"], level, eps=rows["eps"], weight=parts.weight)
-        return losses, level.logsnr
+        rows = {"x0": x0, "t": parts.time(keys["time"], len(x0)), "eps": eps, "y": y}
+        if objective.pair:
+            rows["eps"] = objective.pair(x0, eps)
+        if objective.self_condition:
+            rows["guess"] = jnp.tile(jax.random.bernoulli(keys["guess"], objective.self_condition), len(x0))
+        return rows
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         # Named streams: adding one later must not change the others.
-        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(("time", "noise", "label", "net"))}
+        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(("time", "noise", "label", "net", "guess"))}
         rows = draw(batch, keys)
-        losses, logsnr, grads = gradient(loss_fn)(state.params, rows, keys["net"])
+        total, (losses, logsnr, terms), grads = gradient(row_loss(parts))(state.params, rows, keys["net"])
         loss, y = jnp.mean(losses), rows["y"]
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -99,12 +100,13 @@ def make_train_step(
         ema = {spec: parts.ema[spec].update(average, params, step) for spec, average in state.ema.items()}
 
         grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(jnp.mean(total)) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         bins = jnp.digitize(logsnr, jnp.asarray(LOGSNR_EDGES))
         count = jax.nn.one_hot(bins, len(LOGSNR_EDGES) + 1)
         metrics = Metrics(
             steps=jnp.ones((), jnp.int32),
             loss=loss,
+            terms={name: jnp.mean(values) for name, values in terms.items()},
             bin_loss=losses @ count,
             bin_count=jnp.sum(count, axis=0),
             grad_norm=grad_norm,
@@ -146,12 +148,13 @@ def batch_stats(x, y, num_classes: int) -> BatchStats:
     )
 
 
-def empty_window(num_classes: int) -> Metrics:
-    """The window before its first step."""
+def empty_window(num_classes: int, terms: tuple[str, ...] = ()) -> Metrics:
+    """The window before its first step; `terms` are those of the objective."""
     zero = np.zeros((), np.float32)
     bins = np.zeros(len(LOGSNR_EDGES) + 1, np.float32)
     stats = BatchStats(zero, zero, zero, zero, np.zeros(num_classes + 1, np.int32), zero, zero, zero)
-    return Metrics(np.zeros((), np.int32), zero, bins, bins, zero, zero, zero, np.array(NEVER, np.int32), stats)
+    added, never = {name: zero for name in terms}, np.array(NEVER, np.int32)
+    return Metrics(np.zeros((), np.int32), zero, added, bins, bins, zero, zero, zero, never, stats)
 
 
 def add(window: Metrics, metrics: Metrics) -> Metrics:
@@ -187,6 +190,7 @@ def scalars(window: Metrics) -> dict[str, float]:
         "update_norm": float(window.update_norm) / steps,
         "param_norm": float(window.param_norm),
     }
+    values |= {name: float(total) / steps for name, total in window.terms.items()}
     for name, total, count in zip(bins, window.bin_loss, window.bin_count, strict=True):
         if count:
             values[f"loss_logsnr[{name}]"] = float(total / count)
