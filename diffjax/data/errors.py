@@ -19,7 +19,7 @@ class WorkerError(OSError):
     """A process that reads data ended without being asked to."""
 
 
-def require(module: str, package: str, extra: str):
+def require(module: str, package: str, extra: str = ""):
     """The imported `module`.
 
     Raises:
@@ -30,6 +30,7 @@ def require(module: str, package: str, extra: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        what = f"'diffjax[{extra}]'" if extra else package
         raise ModuleNotFoundError(
-            f"this data needs {package}, which is not installed ({error}); pip install 'diffjax[{extra}]'"
+            f"this data needs {package}, which is not installed ({error}); pip install {what}"
         ) from error

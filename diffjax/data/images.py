@@ -195,7 +195,7 @@ def image_dataset(
     Raises:
       ValueError: for settings that are not possible, or too few images.
     """
-    require("PIL", "Pillow", "images")
+    require("PIL", "Pillow")
     if not len(reader):
         raise ValueError("no images")
     view = View((_size(size, reader),), crop, flip, zoom, channels)

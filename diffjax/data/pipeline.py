@@ -272,7 +272,8 @@ def _death(error: Exception, workers: int) -> str:
     reasons = {"-9": " (killed, as the system does when memory runs out)", "-7": " (no room left in /dev/shm)"}
     return (
         f"one of the {workers} input workers ended with exit code {code}{reasons.get(code, '')}; its own message, if "
-        "it had any, is above; lower config.input.workers or config.input.prefetch, or set workers=0 to see the error here"
+        "it had any, is above; lower config.input.workers or config.input.prefetch, or set workers=0 to see the error "
+        "here"
     )
 
 

@@ -42,7 +42,7 @@ class RecordReader:
 
     def _open(self):
         if self._source is None:
-            module = require("array_record.python.array_record_data_source", "array-record", "images")
+            module = require("array_record.python.array_record_data_source", "array-record")
             self._source = module.ArrayRecordDataSource(self.files)
         return self._source
 
