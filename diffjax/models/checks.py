@@ -70,6 +70,13 @@ def check_inputs(kind: str, shape: tuple[int, ...], x, t, y) -> None:
         raise ValueError(f"{kind}: y has dtype {y.dtype}; expected integer class labels")
 
 
+def ends_of(kind: str, shape, extra_in: int, extra_out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a network's input and output, `(H, W, C + extra)`; raises `ValueError` for a negative number."""
+    check_least(kind, 0, extra_in=extra_in, extra_out=extra_out)
+    *sides, channels = shape
+    return (*sides, channels + extra_in), (*sides, channels + extra_out)
+
+
 def network(kind: str, shape: tuple[int, ...], module: Functional) -> tuple:
     """`(init, apply)` of a network: `apply(params, x, t, y=None, *, key=None)` with its inputs checked."""
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
-from diffjax.models.checks import check_common, check_divides, check_least, check_name, check_remat, network
+from diffjax.models.checks import check_common, check_divides, check_least, check_name, check_remat, ends_of, network
 from diffjax.nn import Condition, DiTBlock, functional, layer_norm, modulate, modulation, scope, sincos_2d, tap, widen
 from diffjax.nn import remat as checkpointed
 
@@ -61,17 +61,17 @@ class DiT(nnx.Module):
     residual stream behind each block is `blocks/mlp/out`), `modulation`.
     """
 
-    def __init__(self, shape, num_classes, patch, width, depth, heads, hidden, dropout, scale, dtype, time, loop, rngs):
+    def __init__(self, ends, num_classes, patch, width, depth, heads, hidden, dropout, scale, dtype, time, loop, rngs):
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros_init()
-        pixels = patch * patch * shape[-1]
+        pixels_in, pixels_out = (patch * patch * shape[-1] for shape in ends)
         self.cond = Condition(width, num_classes, **time, dtype=dtype, rngs=rngs)
-        self.inp = nnx.Linear(pixels, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.inp = nnx.Linear(pixels_in, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
         settings = dict(dropout_rate=dropout, scale=scale, dtype=dtype)
         keys = jax.random.split(rngs.params(), depth)
         self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **settings, rngs=nnx.Rngs(k)))(keys)
         self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, pixels, kernel_init=zeros, dtype=dtype, rngs=rngs)
-        self.patch, self.shape, self.width, self.depth = patch, tuple(shape), width, depth
+        self.out = nnx.Linear(width, pixels_out, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.patch, self.shape, self.width, self.depth = patch, ends[1], width, depth
         self.scan, self.remat = loop
 
     def __call__(self, x, t, y, *, key=None):
@@ -103,7 +103,7 @@ def dit(
     *, shape: tuple[int, int, int], num_classes: int = 0, patch: int = 2, width: int = 384, depth: int = 12,
     heads: int = 6, mlp_ratio: float = 4.0, dropout: float = 0.0, dtype: str = "float32",
     time_embed: str = "sinusoidal", time_scale: float = 1000.0, attention_scale: str = "sqrt",
-    scan: bool = True, remat: str | bool = "none",
+    scan: bool = True, remat: str | bool = "none", extra_in: int = 0, extra_out: int = 0,
 ) -> Model:  # fmt: skip
     """DiT (arXiv:2212.09748) with adaLN-Zero; its output starts at zero.
 
@@ -120,6 +120,7 @@ def dit(
       scan: run the blocks in a `lax.scan`, which compiles in a time that does not grow with the depth; False unrolls.
       remat: which activations of a block are computed again in the backward pass instead of kept, one of
         `diffjax.nn.POLICIES`: "none", "full", "dots", "dots_no_batch"; True is "full".
+      extra_in, extra_out: channels of `x` and of the output beyond C, such as those of a second image beside it.
 
     Returns:
       A `Model`: `apply(params, x [B, H, W, C], t [B], y [B] int or None, *, key=None) -> [B, H, W, C] float32`. Without
@@ -129,7 +130,7 @@ def dit(
       ValueError: for settings that make no network.
     """
     config = dict(locals(), name="dit", shape=tuple(shape))
-    loop = (scan, check_remat("dit", remat))
+    ends, loop = ends_of("dit", shape, extra_in, extra_out), (scan, check_remat("dit", remat))
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
     check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)
@@ -143,5 +144,5 @@ def dit(
         raise ValueError(f"dit: mlp_ratio={mlp_ratio}: expected a positive number such as 4.0")
     time = dict(waves=WAVES, time_embed=time_embed, time_scale=time_scale)
     rest = (patch, width, depth, heads, hidden, dropout, attention_scale, jnp.dtype(dtype), time, loop)
-    module = functional(lambda rngs: DiT(shape, num_classes, *rest, rngs))
-    return Model(*network("dit", tuple(shape), module), config=config, rules=RULES, activations=ACTIVATIONS)
+    module = functional(lambda rngs: DiT(ends, num_classes, *rest, rngs))
+    return Model(*network("dit", ends[0], module), config=config, rules=RULES, activations=ACTIVATIONS)

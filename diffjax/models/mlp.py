@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
-from diffjax.models.checks import check_common, check_least, check_remat, network
+from diffjax.models.checks import check_common, check_least, check_remat, ends_of, network
 from diffjax.nn import Condition, MLPBlock, functional, layer_norm, modulate, modulation, scope, tap, widen
 from diffjax.nn import remat as checkpointed
 
@@ -32,16 +32,15 @@ class MLP(nnx.Module):
     Activations: `cond` and `tokens [B, C]`, those of `MLPBlock` under `blocks/block0/` and so on, `modulation`.
     """
 
-    def __init__(self, shape, num_classes, width, depth, hidden, dropout, dtype, time, remat, rngs):
-        pixels = math.prod(shape)
+    def __init__(self, ends, num_classes, width, depth, hidden, dropout, dtype, time, remat, rngs):
         self.cond = Condition(width, num_classes, **time, dtype=dtype, rngs=rngs)
-        self.inp = nnx.Linear(pixels, width, dtype=dtype, rngs=rngs)
+        self.inp = nnx.Linear(math.prod(ends[0]), width, dtype=dtype, rngs=rngs)
         settings = dict(cond_width=width, dropout_rate=dropout, activation=nnx.silu, dtype=dtype)
         blocks = {f"block{i}": MLPBlock(width, hidden, **settings, rngs=rngs) for i in range(depth)}
-        self.blocks, self.depth, self.remat = nnx.Dict(blocks), depth, remat
+        self.blocks, self.depth, self.remat, self.shape = nnx.Dict(blocks), depth, remat, ends[1]
         self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
-        self.out = nnx.Linear(width, pixels, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(width, math.prod(ends[1]), kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, t, y, *, key=None):
         cond = tap("cond", nnx.silu(self.cond(t, y)))
@@ -49,7 +48,7 @@ class MLP(nnx.Module):
         for i in range(self.depth):
             h = checkpointed(partial(self._block, i), self.remat)(h, cond, key)
         shift, scale = jnp.split(tap("modulation", self.modulation(cond)), 2, axis=-1)
-        return widen(self.out(modulate(layer_norm(h), shift, scale)).reshape(x.shape))
+        return widen(self.out(modulate(layer_norm(h), shift, scale)).reshape(len(x), *self.shape))
 
     def _block(self, i, h, cond, key):
         with scope(f"blocks/block{i}"):
@@ -59,7 +58,7 @@ class MLP(nnx.Module):
 def mlp(
     *, shape: tuple[int, int, int], num_classes: int = 0, width: int = 256, depth: int = 3, expand: int = 2,
     dropout: float = 0.0, dtype: str = "float32", time_embed: str = "sinusoidal", time_scale: float = 1000.0,
-    remat: str | bool = "none",
+    remat: str | bool = "none", extra_in: int = 0, extra_out: int = 0,
 ) -> Model:  # fmt: skip
     """A residual perceptron on flattened images, conditioned by adaLN-Zero; its output starts at zero.
 
@@ -72,6 +71,7 @@ def mlp(
       time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
       remat: which activations of a block are computed again in the backward pass instead of kept, one of
         `diffjax.nn.POLICIES`: "none", "full", "dots", "dots_no_batch"; True is "full".
+      extra_in, extra_out: channels of `x` and of the output beyond C, such as those of a second image beside it.
 
     Returns:
       A `Model`: `apply(params, x [B, H, W, C], t [B], y [B] int or None, *, key=None) -> [B, H, W, C] float32`. Without
@@ -85,6 +85,7 @@ def mlp(
     check_least("mlp", 0, depth=depth)
     check_least("mlp", 1, expand=expand)
     time = dict(waves=width, time_embed=time_embed, time_scale=time_scale)
+    ends = ends_of("mlp", shape, extra_in, extra_out)
     rest = (expand * width, dropout, jnp.dtype(dtype), time, check_remat("mlp", remat))
-    module = functional(lambda rngs: MLP(shape, num_classes, width, depth, *rest, rngs))
-    return Model(*network("mlp", tuple(shape), module), config=config, rules=RULES, activations=ACTIVATIONS)
+    module = functional(lambda rngs: MLP(ends, num_classes, width, depth, *rest, rngs))
+    return Model(*network("mlp", ends[0], module), config=config, rules=RULES, activations=ACTIVATIONS)

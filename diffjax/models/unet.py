@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
-from diffjax.models.checks import check_common, check_divides, check_least, check_remat, network
+from diffjax.models.checks import check_common, check_divides, check_least, check_remat, ends_of, network
 from diffjax.nn import Condition, GroupNorm, PixelAttention, ResBlock, conv, functional, scope, tap, widen
 from diffjax.nn import remat as checkpointed
 
@@ -45,9 +45,9 @@ class UNet(nnx.Module):
     """
 
     def __init__(
-        self, shape, num_classes, widths, blocks, attention, head_width, groups, dropout, dtype, time, remat, rngs
+        self, ends, num_classes, widths, blocks, attention, head_width, groups, dropout, dtype, time, remat, rngs
     ):
-        base, cond_width = widths[0], 4 * widths[0]
+        (shape, (*_, channels_out)), base, cond_width = ends, widths[0], 4 * widths[0]
         settings = dict(groups=groups, dtype=dtype, rngs=rngs)
 
         def block(channels_in, channels_out, resample=None):
@@ -86,7 +86,7 @@ class UNet(nnx.Module):
         # The order of the blocks is a fact of the architecture; dictionaries of parameters are sorted by name.
         self.order, self.remat = (tuple(enc), tuple(dec)), remat
         self.norm = GroupNorm(base, groups)
-        self.out = conv(base, shape[-1], zero=True, dtype=dtype, rngs=rngs)
+        self.out = conv(base, channels_out, zero=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, t, y, *, key=None):
         count = iter(range(1 << 16))
@@ -121,6 +121,7 @@ def unet(
     *, shape: tuple[int, int, int], num_classes: int = 0, width: int = 128, mults: tuple[int, ...] = (1, 2, 2, 2),
     blocks: int = 2, attention: tuple[int, ...] = (16,), head_width: int = 64, groups: int = 32, dropout: float = 0.0,
     dtype: str = "float32", time_embed: str = "sinusoidal", time_scale: float = 1000.0, remat: str | bool = "none",
+    extra_in: int = 0, extra_out: int = 0,
 ) -> Model:  # fmt: skip
     """ADM's U-Net (arXiv:2105.05233, section 3); its output starts at zero.
 
@@ -137,6 +138,7 @@ def unet(
       time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
       remat: which activations of a block are computed again in the backward pass instead of kept, one of
         `diffjax.nn.POLICIES`: "none", "full", "dots", "dots_no_batch"; True is "full".
+      extra_in, extra_out: channels of `x` and of the output beyond C, such as those of a second image beside it.
 
     Returns:
       A `Model`: `apply(params, x [B, H, W, C], t [B], y [B] int or None, *, key=None) -> [B, H, W, C] float32`. Without
@@ -149,11 +151,12 @@ def unet(
     check_common("unet", shape, num_classes, dropout, dtype, time_embed, width)
     check_least("unet", 1, width=width, blocks=blocks, head_width=head_width, groups=groups)
     _check_levels(shape, width, mults, attention, head_width, groups)
+    ends = ends_of("unet", shape, extra_in, extra_out)
     widths = tuple(width * mult for mult in mults)
     time = dict(waves=width, time_embed=time_embed, time_scale=time_scale)
     rest = (blocks, attention, head_width, groups, dropout, jnp.dtype(dtype), time, check_remat("unet", remat))
-    module = functional(lambda rngs: UNet(shape, num_classes, widths, *rest, rngs))
-    return Model(*network("unet", tuple(shape), module), config=config, rules=RULES, activations=ACTIVATIONS)
+    module = functional(lambda rngs: UNet(ends, num_classes, widths, *rest, rngs))
+    return Model(*network("unet", ends[0], module), config=config, rules=RULES, activations=ACTIVATIONS)
 
 
 def _check_levels(shape, width, mults, attention, head_width, groups) -> None:
