@@ -250,11 +250,45 @@ def sample(arguments, overrides) -> int:
     return 0
 
 
+def sweep(arguments, overrides) -> int:
+    """`diffjax sweep CONFIG`."""
+    arguments.workdir = None
+    arguments.config = arguments.CONFIG or arguments.config
+    config = given_config(arguments, overrides)
+    grid = required(arguments, "grid", "'optim.lr=[1e-4,3e-4]; model.depth=[6,12]'")
+    out = required(arguments, "out", "runs/sweep")
+    if arguments.slurm is not None and not arguments.launcher:
+        arguments.launcher = "slurm"
+    from diffjax.sweep.grid import options_of
+    from diffjax.sweep.run import sweep as run
+
+    file = os.path.abspath(arguments.config.partition(".py:")[0])
+    return run(
+        config,
+        grid,
+        out,
+        seeds=arguments.seeds or (),
+        cluster=arguments.launcher or "",
+        options=options_of(arguments.slurm or ""),
+        path=(os.path.dirname(os.path.dirname(file)), os.getcwd()),
+        dry_run=arguments.dry_run,
+    )
+
+
 def inspect(arguments, overrides) -> int:
     """`diffjax inspect`."""
+    config = given_config(arguments, overrides)
+    if arguments.mesh:
+        from diffjax.train.describe import describe_plan
+
+        text = describe_plan(config, arguments.mesh, sharding=arguments.sharding, accelerator=arguments.accelerator)
+        sys.stdout.write(text)
+        return 0
+    if arguments.accelerator or arguments.sharding:
+        raise UsageError("inspect: --accelerator and --sharding plan a run and need a mesh, such as --mesh=data=8")
     from diffjax.train.describe import describe
 
-    sys.stdout.write(describe(given_config(arguments, overrides), compile=not arguments.fast))
+    sys.stdout.write(describe(config, compile=not arguments.fast))
     return 0
 
 
@@ -342,13 +376,39 @@ COMMANDS = {
         ),
         sample,
     ),
+    "sweep": Command(
+        "train every combination of a grid of settings, and compare the runs",
+        (
+            "diffjax sweep configs/digits_dit.py --grid='optim.lr=[1e-3,4e-3]; model.depth=[2,4]' --out=runs/sweep",
+            "diffjax sweep configs/digits.py --grid='seed=[0,1]' --out=runs/seeds --dry_run",
+        ),
+        (
+            ("CONFIG", dict(nargs="?", help="the same as --config")),
+            _CONFIG,
+            ("--grid", dict(metavar="TEXT", help="KEY=[A,B] joined by ';' (all combinations) or '&' (in step)")),
+            ("--seeds", dict(type=_numbers(int), metavar="S,S", help="config.seed of the runs of each combination")),
+            ("--out", dict(metavar="DIR", help="folder of the sweep: a folder a run, runs.csv, table.md, sweep.png")),
+            ("--launcher", dict(choices=("slurm",), help="a job for each run; default one after another, here")),
+            ("--slurm", dict(metavar="TEXT", help="of each job, such as 'slurm_partition=gpu; timeout_min=60'")),
+            ("--dry_run", dict(action="store_true", help="list the runs and start none")),
+        ),
+        sweep,
+    ),
     "inspect": Command(
         "show a config's parameters, bytes, FLOPs and sharding without training",
         (
             "diffjax inspect --config=configs/digits.py",
             "diffjax inspect --config=configs/digits_dit.py --config.model.depth=8",
+            "diffjax inspect --config=configs/dit_xl_2.py --mesh=data=1,fsdp=8 --sharding=fsdp --accelerator=h200",
         ),
-        (_CONFIG, _WORKDIR, ("--fast", dict(action="store_true", help="do not compile: without the temporary memory"))),
+        (
+            _CONFIG,
+            _WORKDIR,
+            ("--fast", dict(action="store_true", help="do not compile: without the temporary memory")),
+            ("--mesh", dict(metavar="AXES", help="plan a run on a mesh that is not here, up to 512 devices")),
+            ("--sharding", dict(metavar="MODE", help="with --mesh: 'data', 'fsdp' or 'rules'; default the config's")),
+            ("--accelerator", dict(metavar="NAME", help="with --mesh: such as h200 or tpu_v5p; default all known")),
+        ),
         inspect,
     ),
     "doctor": Command(

@@ -20,6 +20,7 @@ from diffjax import registry, viz
 from diffjax.pipelines import judge as judges
 from diffjax.pipelines import report as reports
 from diffjax.pipelines.generate import Samples, compile_program, describe, draw_samples, largest_pixel
+from diffjax.pipelines.heldout import heldout_loss
 from diffjax.pipelines.judge import Judge
 from diffjax.pipelines.sampler import Settings, can_guide, grid, settings_for
 
@@ -103,6 +104,8 @@ def evaluate(
     report = facts(run, settings, drawn, ema=ema, seed=seed) | scored(run, judge, settings, drawn)
     report["rows"] |= baselines
     lap("samples")
+    report["heldout"] = heldout_loss(run, batch_size=batch)
+    lap("held-out loss")
     if not quick:
         report |= sweeps(run, judge, draw, settings, drawn[0], report["rows"], folder)
     lap("sweeps")
@@ -353,6 +356,9 @@ def summary(report: dict, folder: Path) -> str:
         "(the split floor in the table is one such halving, the one that the model was trained on)",
         f"{spent['steps']} steps, {spent['evaluations']} network evaluations per sample (NFE); {seconds:.1f} s for all",
     ]
+    if "heldout" in report:
+        found = report["heldout"]
+        lines.append(f"denoising loss {found['loss']:.4f} on {found['images']} held-out images, log-SNR from -6 to 6")
     if report.get("few_step_ratio") is not None:
         lines.append(f"DPM++ 2M at 10 NFE has {report['few_step_ratio']:.2f} times the distance of Heun at 35 NFE")
     lines.append(f"report, samples and pictures: {folder} ({report['seconds']['all']:.0f} s)")
