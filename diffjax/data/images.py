@@ -161,11 +161,14 @@ def decode(image: bytes | np.ndarray, channels: int) -> Any:
 
     Raises:
       OSError: for bytes that are no whole image.
-      ValueError: for more than 8 bits per channel.
+      ValueError: for bytes that are no image, or more than 8 bits per channel.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    opened = Image.fromarray(_squeezed(image)) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
+    try:
+        opened = Image.fromarray(_squeezed(image)) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
+    except UnidentifiedImageError:
+        raise ValueError("not an image file") from None  # Pillow's text holds an address in memory.
     if opened.mode in ("I", "F") or opened.mode.startswith("I;16"):
         raise ValueError(f"it has mode {opened.mode}; expected 8 bits per channel")
     opened.load()
