@@ -1,5 +1,8 @@
 """What stops a training, for callers that catch it; imports nothing."""
 
+# Exit code of a run that was interrupted and goes on when it is started again: EX_TEMPFAIL of sysexits.h.
+RESUME = 75
+
 
 class ConfigError(ValueError):
     """A config that cannot run: one sentence with what is wrong, what was given, what is allowed and what to do."""
