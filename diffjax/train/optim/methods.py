@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -107,10 +108,15 @@ def muon(
         name = lambda path, leaf: "adam" if numbers(path, leaf) is None else "muon"
         return jax.tree_util.tree_map_with_path(name, tree)
 
+    def scale(path, leaf):
+        into, out = math.prod(leaf.shape[axis] for axis in numbers(path, leaf).reduction_axis), leaf.shape[-1]
+        return leaf * (rms * max(into, out) ** 0.5 if rms else max(1.0, out / into) ** 0.5)
+
     axes = lambda tree: jax.tree_util.tree_map_with_path(numbers, tree)
+    scaled = lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates)
     orthogonal = optax.chain(
         contrib.scale_by_muon(ns_steps=ns_steps, beta=beta, nesterov=nesterov, weight_dimension_numbers=axes),
-        contrib.scale_by_shape(weight_dimension_numbers=axes, consistent_rms=rms or None),
+        optax.stateless(scaled),
     )
     return Method(optax.partition({"muon": orthogonal, "adam": optax.scale_by_adam(b1=b1, b2=b2, eps=eps)}, labels), "")
 

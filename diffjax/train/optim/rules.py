@@ -61,6 +61,7 @@ def frozen(inner: optax.GradientTransformation, patterns: Sequence[str]) -> opta
     """`inner` over the parameters that none of `patterns` is found in; the others keep their bits and have no moments.
 
     What `inner` measures over all parameters, such as the global norm of a clip, it measures over those it is given.
+    Numbers below the normal range of their type are no exception to what XLA does with them: it may flush them to zero.
 
     Args:
       inner: any optimiser.
