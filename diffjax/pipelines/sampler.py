@@ -13,7 +13,7 @@ import numpy as np
 from diffjax import core, registry
 from diffjax.core.types import Denoiser, Level, Solver
 from diffjax.guidance import cfg, clip_x0, interval
-from diffjax.sampling import SOLVERS, check_grid, prior, sample
+from diffjax.sampling import SOLVERS, check_grid, prior, sample, self_conditioned
 from diffjax.train import parts
 
 # What a sample's key is folded with for its start and for the solver's noise: one seed, two independent streams.
@@ -175,14 +175,22 @@ def compile_sampler(run, settings: Settings, *, guided: bool | None = None, trac
       trace: as for `diffjax.sampling.sample`.
     """
     solver = registry.build(settings.solver, SOLVERS, "solver", schedule=run.schedule)
+    if run.model.config.get("self_condition"):
+        solver = self_conditioned(solver)
     guided = settings.guidance != 1 if guided is None else guided
 
     def draw(params, keys, labels, levels, scale):
         fold = lambda stream: jax.vmap(lambda key: jax.random.fold_in(key, stream))(keys)
         x = prior(fold(_START), (len(keys), *run.dataset.shape), levels)
-        apply = lambda x, t, y: run.model.apply(params, x, t, y)
         labels = labels if run.dataset.num_classes else None
-        denoise = guided_denoiser(run, apply, labels, settings._replace(guidance=1.0), scale=scale if guided else None)
+
+        def denoise(x, level, *estimate):
+            # Guidance doubles the batch that the network sees, and so what the network is given beside it.
+            beside = lambda x: {"estimate": jnp.tile(e, (len(x) // len(e), 1, 1, 1)) for e in estimate}
+            apply = lambda x, t, y: run.model.apply(params, x, t, y, **beside(x))
+            plain = settings._replace(guidance=1.0)
+            return guided_denoiser(run, apply, labels, plain, scale=scale if guided else None)(x, level)
+
         return sample(solver, denoise, x, levels, fold(_STEPS), trace=trace)
 
     return jax.jit(draw)
@@ -236,7 +244,7 @@ def compile_counter(run, settings: Settings, *, guided: bool | None = None) -> C
     def counting(x, t, y):
         # Of the level, so that no compiler hoists the call out of the loop.
         jax.debug.callback(lambda _: sizes.append(len(x)), t)
-        return x
+        return (x, x) if run.model.config.get("variance") else x
 
     denoise = guided_denoiser(run, counting, labels, settings._replace(guidance=2.0 if guided else 1.0))
     walk = jax.jit(lambda levels: sample(solver, denoise, jnp.ones((1, 1)), levels, jax.random.key(0)))

@@ -19,7 +19,7 @@ from diffjax.sampling.likelihood import (
     vlb,
 )
 from diffjax.sampling.loop import StepInfo, check_grid, normal, prior, sample
-from diffjax.sampling.product import product
+from diffjax.sampling.product import product, self_conditioned
 from diffjax.sampling.recommend import recommend
 from diffjax.sampling.solvers import *  # noqa: F403
 from diffjax.sampling.steer import smc
@@ -65,6 +65,7 @@ __all__ = [
     "save_sampler",
     "save_steps",
     "sdedit",
+    "self_conditioned",
     "slerp",
     "smc",
     "start_from",

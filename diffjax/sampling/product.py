@@ -1,4 +1,4 @@
-"""Several kinds of state sampled together: one denoiser sees all of them, each has its own solver and grid."""
+"""Denoisers that see more than one state: several kinds sampled together, or x beside the last estimate of x0."""
 
 from __future__ import annotations
 
@@ -61,6 +61,31 @@ def product(solvers: Mapping[str, Solver]) -> Solver:
     nfe = lambda n: max(solver.nfe(n) for solver in solvers.values())
     ascending = all(solver.ascending for solver in solvers.values())
     return Solver(init, step, order=min(s.order for s in solvers.values()), nfe=nfe, ascending=ascending)
+
+
+def self_conditioned(solver: Solver) -> Solver:
+    """The solver with a denoiser that is also given the x0 of the step before; zeros in the first step.
+
+    Chen et al. 2022, arXiv:2208.04202, Algorithm 2. The denoiser is `(x, level, estimate [B, ...]) -> Prediction`. All
+    calls of one step are given the same estimate; that of the next is the x0 of the prediction that this step returned,
+    with whatever guidance or clipping it has.
+
+        sample(self_conditioned(ddim()), lambda x, level, estimate: ..., x, levels, key)
+
+    Args:
+      solver: any; its order and number of calls stay.
+    """
+
+    def init(x, levels):
+        memory, coef = solver.init(x, levels)
+        return (memory, jnp.zeros_like(x)), coef
+
+    def step(denoise, x, memory, at: Step):
+        inner, estimate = memory
+        x, inner, prediction = solver.step(lambda x, level: denoise(x, level, estimate), x, inner, at)
+        return x, (inner, prediction.x0.astype(estimate.dtype)), prediction
+
+    return solver._replace(init=init, step=step)
 
 
 def _noisy(levels: Level) -> Level:

@@ -14,6 +14,7 @@ from diffjax import registry
 from diffjax.core.types import Head, Model
 from diffjax.train import paths
 from diffjax.train.errors import ConfigError
+from diffjax.train.objectives import trained_schedule
 from diffjax.train.optim import schedule_free, snapshots
 from diffjax.train.parts import Parts, assemble
 from diffjax.train.workdir import read_config
@@ -116,7 +117,7 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
             at, found = snapshots.rebuild(workdir, config.ema, chosen, step)
         except ValueError as error:
             raise ConfigError(f"{workdir!r}: {error}") from error
-        return run._replace(params=jax.tree.map(jnp.asarray, fit(parts, found)), step=at)
+        return _opened(run, jax.tree.map(jnp.asarray, fit(parts, found)), at)
     checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
     steps = checkpoints.steps()
     if step == "best" and steps:
@@ -132,7 +133,11 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
     if chosen == schedule_free.NAME:
         where = schedule_free.where_z_is(abstract_state(parts).opt_state)
         found = schedule_free.average(found, checkpoints.restore_part(f"opt_state/{where}", at)[1], config.optim.b1)
-    return run._replace(params=fit(parts, found), step=at)
+    return _opened(run, fit(parts, found), at)
+
+
+def _opened(run: Run, params: dict, step: int) -> Run:
+    return run._replace(params=params, step=step, schedule=trained_schedule(run.schedule, params))
 
 
 def fit(parts: Parts, found: dict) -> dict:

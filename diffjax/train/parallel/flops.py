@@ -35,11 +35,11 @@ def step_flops(config, parts) -> Flops:
 
     inputs = abstract_state(parts), abstract_batch(config, parts)
     hardware = count_flops(make_train_step(parts, config), *inputs)
-    settings = dict(parts.model.config)
+    settings = {k: v for k, v in parts.model.config.items() if k not in ("self_condition", "variance")}
     if not remat_of(settings):
         return Flops(hardware, hardware)
     kept = settings | {"remat": False if isinstance(settings["remat"], bool) else "none"}
-    plain = registry.build(kept, models.MODELS, "model")
+    plain = parts.objective.extend(registry.build(kept, models.MODELS, "model"))
     return Flops(count_flops(make_train_step(parts._replace(model=plain), config), *inputs), hardware)
 
 
