@@ -58,6 +58,27 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
     return text + "\n"
 
 
+def describe_plan(
+    config: ConfigDict, mesh: str, *, sharding: str | None = None, accelerator: str | None = None
+) -> str:
+    """What a step would take on a mesh that need not be here: bytes, FLOPs, collectives and times.
+
+    Args:
+      config: as for `diffjax.train.loop.train`.
+      mesh, sharding: as for `diffjax.train.parallel.plan.plan`.
+      accelerator: a name of `ACCELERATORS`; None for all of them.
+
+    Raises:
+      ConfigError: for a config, a mesh or a sharding that cannot run.
+      ValueError: for an unknown accelerator.
+    """
+    from diffjax.train.parallel import accelerators
+    from diffjax.train.parallel.plan import plan, plan_text
+
+    rows = [accelerators.accelerator(accelerator)] if accelerator else list(accelerators.ACCELERATORS.values())
+    return plan_text(plan(config, mesh, sharding=sharding), rows)
+
+
 def parameter_table(params: Mapping, places: Mapping) -> str:
     """One row per parameter: name, shape, dtype, count, and the mesh axes that split it; then the total."""
     rows = [("name", "shape", "dtype", "size", "sharding")]
