@@ -10,8 +10,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax.core import EDM, Table
+from diffjax.registry import nearest
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel import sharding
+from diffjax.train.parallel.activations import constrained, named_axes
+from diffjax.train.parallel.mesh import AXES, batch_groups
 
 DRAWS = 4096
 
@@ -67,32 +70,75 @@ def check_times(config: ConfigDict, schedule: Any, time: Any) -> None:
 
 
 def check_devices(config: ConfigDict, parts: Any) -> None:
-    """The batch, the mesh and the sharding against the devices of this machine.
+    """The batch, the mesh and the sharding against each other, the network and the devices of this machine.
 
     Raises:
-      ConfigError: if the batch does not divide over them, the mesh does not fit them, or the network's rules do not
-        fit the mesh.
+      ConfigError: if the mesh does not fit the devices or its axes have no use, the batch or a microbatch does not
+        divide, or the network's rules do not fit the mesh.
     """
-    devices = jax.device_count()
-    if config.batch_size % devices:
-        raise ConfigError(
-            f"config.batch_size is {config.batch_size}; it must be a multiple of the {devices} devices; "
-            "edit the config file or pass --config.batch_size=VALUE"
-        )
+    given = f"config.sharding is {config.sharding!r} and config.mesh is {config.mesh!r}: "
     try:
         mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
     except ValueError as error:
         raise ConfigError(f"config.mesh is {config.mesh!r}: {error}") from error
-    if config.sharding != "rules":
+    _check_axes(config, parts.model, mesh, given)
+    groups = batch_groups(mesh)
+    rows = config.batch_size // groups
+    if config.batch_size % groups:
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}; it must be a multiple of the {groups} devices or groups of "
+            f"devices that the mesh {dict(mesh.shape)} splits it over; "
+            "edit the config file or pass --config.batch_size=VALUE"
+        )
+    if config.microbatch and rows % config.microbatch:
+        raise ConfigError(
+            f"config.microbatch is {config.microbatch}; it must divide the {rows} rows that each of {groups} groups of "
+            f"devices has of the {config.batch_size} of a batch; edit the config file or pass --config.microbatch=VALUE"
+        )
+    sequence = mesh.shape.get("sequence", 1) > 1
+    if config.sharding != "rules" and not sequence:
         return
     try:
         params = jax.eval_shape(parts.model.init, jax.eval_shape(lambda: jax.random.key(0)))
-        sharding.param_sharding(mesh, params, parts.model.rules, "rules")
+        sharding.param_sharding(mesh, params, parts.model.rules, config.sharding)
+        if sequence:
+            _trace(config, parts, mesh, params)
     except ValueError as error:
+        raise ConfigError(given + str(error)) from error
+
+
+def _check_axes(config, model, mesh, given) -> None:
+    """Every axis of the mesh must be one that something is split over: devices along another would only repeat work."""
+    name = dict(model.config).get("name", "this network")
+    used = {
+        "tensor": config.sharding == "rules" and "tensor" in named_axes(model.rules),
+        "sequence": config.sharding != "pmap" and "sequence" in named_axes(model.activations),
+    }
+    unknown = [axis for axis in mesh.axis_names if axis not in AXES]
+    if unknown:
+        known = f"known: {', '.join(AXES)}{nearest(unknown[0], AXES)}"
+        raise ConfigError(f"config.mesh is {config.mesh!r}: unknown mesh axis {unknown[0]!r}; {known}")
+    for axis, use in used.items():
+        if mesh.shape.get(axis, 1) > 1 and not use:
+            why = "only transformers, such as 'dit', have tokens to split" if axis == "sequence" else "take 'rules'"
+            raise ConfigError(
+                f"{given}nothing of the network {name!r} is split over {axis!r} in this mode; {why}, or give these "
+                "devices to 'data' or 'fsdp'"
+            )
+    if config.sharding == "pmap" and (jax.process_count() > 1 or mesh.shape.get("data", 1) != mesh.size):
+        raise ConfigError(f"{given}pmap is data parallel in one process; take the mesh 'data=-1', or sharding='data'")
+    if config.sharding == "rules" and not named_axes(model.rules) & set(mesh.axis_names):
         raise ConfigError(
-            f"config.sharding is 'rules' and config.mesh is {config.mesh!r}: {error}; the rules of this library's "
-            "networks need the axes 'fsdp' and 'tensor', as in config.mesh='data=2,fsdp=2,tensor=2'"
-        ) from error
+            f"{given}the rules of the network {name!r} name none of the axes {', '.join(mesh.axis_names)}; those of "
+            "this library's networks need 'fsdp', 'tensor' or both, as in config.mesh='data=2,fsdp=2,tensor=2'"
+        )
+
+
+def _trace(config, parts, mesh, params) -> None:
+    """Traces the network with its activations on the mesh, which raises where they do not divide."""
+    x = jax.ShapeDtypeStruct((config.batch_size, *parts.dataset.shape), jnp.float32)
+    t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
+    jax.eval_shape(constrained(parts.model.apply, mesh, parts.model.activations), params, x, t)
 
 
 def _fitting(schedule) -> str:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from diffjax.train import step as steps
 from diffjax.train.init_from import first_state_from
-from diffjax.train.parallel import sharding
+from diffjax.train.parallel import accumulate, pmap, sharding
+from diffjax.train.parallel.activations import constrained
+from diffjax.train.parallel.mesh import batch_groups
 from diffjax.train.parts import Parts
 from diffjax.train.state import TrainState, abstract_state, init_state
 
@@ -36,16 +38,52 @@ def first_state(config, parts: Parts, checkpoints, iterator, state_sharding) -> 
 def compile_step(config, parts: Parts, mesh, state_sharding):
     """The compiled `(state, window, batch) -> (state, window)`, which consumes its state and window, and a maker of
     empty windows."""
+    compiled = lower_step(config, parts, mesh, state_sharding).compile()
+    blank = steps.empty_window(parts.dataset.num_classes, parts.objective.terms)
+    everywhere = sharding.replicated(mesh)
+    step_fn = compiled
+    if config.sharding == "pmap":
+        step_fn = lambda state, window, batch: compiled(state, window, pmap.split(batch, mesh.size))
+    return step_fn, lambda: jax.device_put(blank, everywhere)
+
+
+def lower_step(config, parts: Parts, mesh, state_sharding) -> jax.stages.Lowered:
+    """The step `(state, window, batch) -> (state, window)` lowered for the mesh, in the mode `config.sharding`.
+
+    Its `compile()` has XLA's memory analysis and the optimised HLO. In the mode `"pmap"` its batch is
+    `[devices, B / devices, ...]`.
+    """
+    mapped = config.sharding == "pmap"
+    gradient = _gradient(config, mesh, None if mapped else state_sharding.params)
+    step = steps.with_window(steps.make_train_step(parts, config, gradient))
+    blank = steps.empty_window(parts.dataset.num_classes, parts.objective.terms)
+    inputs = abstract_state(parts), blank, abstract_batch(config, parts)
+    if mapped:
+        return pmap.lower(step, mesh, *inputs)
     everywhere = sharding.replicated(mesh)
     jitted = jax.jit(
-        steps.with_window(steps.make_train_step(parts, config)),
+        constrained(step, mesh, parts.model.activations),
         in_shardings=(state_sharding, everywhere, sharding.batch_sharding(mesh)),
         out_shardings=(state_sharding, everywhere),
         donate_argnums=(0, 1),
     )
-    blank = steps.empty_window(parts.dataset.num_classes, parts.objective.terms)
-    compiled = jitted.lower(abstract_state(parts), blank, abstract_batch(config, parts)).compile()
-    return compiled, lambda: jax.device_put(blank, everywhere)
+    return jitted.lower(*inputs)
+
+
+def _gradient(config, mesh, param_sharding):
+    """How the step takes the gradient of a loss over rows; under `pmap`, where there is no `param_sharding`, of its own
+    rows on each device."""
+    settings = dict(rows=config.microbatch, loop=config.accumulate_loop)
+    if param_sharding is None:
+        return lambda loss_fn: pmap.own_rows(accumulate.microbatches(loss_fn, **settings))
+    if mesh.size > 1:
+        pin = jax.lax.with_sharding_constraint
+        settings |= dict(
+            groups=batch_groups(mesh),
+            place=lambda rows: pin(rows, sharding.batch_sharding(mesh)),
+            place_grads=lambda grads: pin(grads, param_sharding),
+        )
+    return lambda loss_fn: accumulate.microbatches(loss_fn, **settings)
 
 
 def abstract_batch(config, parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:

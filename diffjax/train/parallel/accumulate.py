@@ -1,8 +1,8 @@
 """The gradient of a batch: at once, or in microbatches that need less memory and give the same.
 
-A row loss is `loss_fn(params, rows, key) -> (losses [b], aux)`: `rows` is a pytree of arrays `[b, ...]`, in which all that
-is random was drawn before, for the whole batch; `key` is for dropout alone; every leaf of `aux` is `[b, ...]` too. So a
-part of the rows has the losses that it has within the batch, whoever computes them.
+A row loss is `loss_fn(params, rows, key) -> (losses [b], aux)`: `rows` is a pytree of arrays `[b, ...]`, in which all
+that is random was drawn before, for the whole batch; `key` is for dropout alone; every leaf of `aux` is `[b, ...]` too.
+So a part of the rows has the losses that it has within the batch, whoever computes them.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def microbatches(
     groups: int = 1,
     loop: str = "auto",
     place: Callable[[Any], Any] = lambda rows: rows,
+    place_grads: Callable[[Any], Any] = lambda grads: grads,
 ) -> Gradient:
     """`whole(loss_fn)` computed from a part of the rows at a time; equal to it up to the order of the sums.
 
@@ -53,16 +54,22 @@ def microbatches(
         so none of them moves to another device.
       loop: `"scan"` compiles one part whatever their number; `"unroll"` repeats it; `"auto"` unrolls on the CPU, whose
         compiler makes gradients of convolutions 10 to 60 times slower inside a loop, and scans elsewhere.
-      place: told of the rows of each part, `[groups * rows, ...]`, to keep them split over the groups.
+      place: keeps the rows of each part, `[groups * rows, ...]`, split over the groups.
+      place_grads: keeps the gradient of each part where the parameters lie.
 
     Raises:
       ValueError: for an unknown loop, and from the gradient if the rows do not divide.
     """
     if loop not in LOOPS:
         raise ValueError(f"unknown accumulate_loop {loop!r}; known: {', '.join(LOOPS)}")
-    gradient = whole(loss_fn)
+    at_once = whole(loss_fn)
+
+    def gradient(params, part, key):
+        losses, aux, grads = at_once(params, place(part), key)
+        return losses, aux, place_grads(grads)
+
     if not rows:
-        return lambda params, batch, key: gradient(params, place(batch), key)
+        return gradient
 
     def accumulated(params, batch, key):
         total = len(jax.tree.leaves(batch)[0])
@@ -70,12 +77,12 @@ def microbatches(
             raise ValueError(f"{total} rows do not divide into {groups} groups' microbatches of {rows} rows")
         n = total // (rows * groups)
         if n == 1:
-            return gradient(params, place(batch), key)
+            return gradient(params, batch, key)
         parts = jax.tree.map(lambda a: _deal(a, n, groups), batch)
 
         def add(grads, part_and_index):
             part, i = part_and_index
-            losses, aux, new = gradient(params, place(part), jax.random.fold_in(key, i))
+            losses, aux, new = gradient(params, part, jax.random.fold_in(key, i))
             return jax.tree.map(jnp.add, grads, new), (losses, aux)
 
         grads, (losses, aux) = _loop(add, jax.tree.map(jnp.zeros_like, params), parts, n=n, loop=loop)

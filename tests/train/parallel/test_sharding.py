@@ -267,7 +267,7 @@ def test_rules_cover_every_parameter():
         param_sharding(mesh, params, [(".*", ("dta",))], "rules")
     with pytest.raises(ValueError, match=r"'a/bias' has 2 axes .*shape is \(2,\)"):
         param_sharding(mesh, params, [(".*", (None, "data"))], "rules")
-    with pytest.raises(ValueError, match="unknown sharding 'fdsp'; known: data, fsdp, rules; did you mean 'fsdp'"):
+    with pytest.raises(ValueError, match="unknown sharding 'fdsp'; known: data, fsdp, rules, pmap; did you mean 'fsdp'"):
         param_sharding(mesh, params, mode="fdsp")
 
 
@@ -279,7 +279,7 @@ def test_the_longest_name_with_the_same_shape_decides():
     found = state_sharding(mesh, state, rules, "rules").rest
     assert found["mu"]["in"]["kernel"].spec == P("model") and found["mu"]["kernel"].spec == P(None, "data")
     assert found["factored"]["in"]["kernel"].spec == P()
-    assert batch_sharding(mesh).spec == P(("data", "model"))
+    assert batch_sharding(mesh).spec == P(("data",))
 
 
 def test_a_batch_keeps_its_values():
