@@ -47,6 +47,7 @@ oracle: $(ORACLE)/.ready  ## a virtual environment with PyTorch and diffusers, t
 
 golden: oracle  ## the files of diffusers' runs that the tests read
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out tests/parity/golden
+	$(ORACLE)/bin/python tests/parity/optimizers.py --out tests/parity/golden
 
 parity: setup oracle  ## compare COUNT random configurations of each scheduler, drawn from SEED, with diffusers itself
 	rm -rf $(PARITY)/schedulers

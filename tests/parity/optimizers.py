@@ -34,8 +34,8 @@ def run(name, settings):
     """The matrix after each step."""
     import torch
 
-    # Muon's iteration would round to 8 bits, which hides an error of a percent.
-    torch.Tensor.bfloat16 = torch.Tensor.float
+    # Muon's iteration would round to 8 bits, which hides an error of a percent. It writes to what this gives it.
+    torch.Tensor.bfloat16 = lambda tensor: tensor.float().clone()
     w = torch.nn.Parameter(torch.from_numpy(START).float())
     optimizer = getattr(torch.optim, name)([w], **settings)
     states = []
