@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from diffjax.pipelines.sampler import check_guidance, compile_sampler, grid, in_batches, settings_of
 from diffjax.train.parts import Parts
-from diffjax.train.state import Run
+from diffjax.train.state import Run, opened
 
 ROWS, COLUMNS = 4, 10
 LEAST_SIDE = 32  # pixels that an image is enlarged to, by a whole factor
@@ -28,10 +28,11 @@ def preview(config: ConfigDict, parts: Parts) -> Callable[[dict, int], np.ndarra
     Raises:
       ValueError: as `diffjax.pipelines.sampler.grid` and `check_guidance`.
     """
-    run = Run(config, parts.dataset, parts.model, {}, parts.schedule, parts.head, 0)
+    base = Run(config, parts.dataset, parts.model, {}, parts.schedule, parts.head, 0)
     settings = settings_of(config.sample)
-    check_guidance(run, settings)
-    levels, draw = grid(run, settings), compile_sampler(run, settings)
+    check_guidance(base, settings)
+    build = lambda run: (grid(run, settings), compile_sampler(run, settings))
+    built = build(base)
     seeds, labels = np.divmod(np.arange(ROWS * COLUMNS), COLUMNS)
     if parts.dataset.num_classes:
         # Fewer classes than columns repeat, with other noise.
@@ -40,6 +41,9 @@ def preview(config: ConfigDict, parts: Parts) -> Callable[[dict, int], np.ndarra
         labels, seeds = np.zeros_like(labels), np.arange(ROWS * COLUMNS)
 
     def picture(params: dict, step: int) -> np.ndarray:
+        run = opened(base, params, step)
+        # A schedule that is trained is another one each time, and so is the sampler.
+        levels, draw = built if run.schedule is base.schedule else build(run)
         one = lambda keys, labels: draw(params, keys, labels, levels, settings.guidance)
         x = in_batches(one, seeds, labels, batch_size=ROWS * COLUMNS)
         return sheet(np.clip((x + 1) * 127.5, 0, 255).round().astype(np.uint8), COLUMNS)

@@ -117,7 +117,7 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
             at, found = snapshots.rebuild(workdir, config.ema, chosen, step)
         except ValueError as error:
             raise ConfigError(f"{workdir!r}: {error}") from error
-        return _opened(run, jax.tree.map(jnp.asarray, fit(parts, found)), at)
+        return opened(run, jax.tree.map(jnp.asarray, fit(parts, found)), at)
     checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
     steps = checkpoints.steps()
     if step == "best" and steps:
@@ -133,10 +133,11 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
     if chosen == schedule_free.NAME:
         where = schedule_free.where_z_is(abstract_state(parts).opt_state)
         found = schedule_free.average(found, checkpoints.restore_part(f"opt_state/{where}", at)[1], config.optim.b1)
-    return _opened(run, fit(parts, found), at)
+    return opened(run, fit(parts, found), at)
 
 
-def _opened(run: Run, params: dict, step: int) -> Run:
+def opened(run: Run, params: dict, step: int) -> Run:
+    """The run with these parameters, and the schedule as they have it."""
     return run._replace(params=params, step=step, schedule=trained_schedule(run.schedule, params))
 
 
