@@ -25,7 +25,10 @@ from diffjax.train.errors import ConfigError
 
 # What a stored run and the config of a resumed run may differ in: nothing that the next update depends on, apart from
 # the learning rate schedule, which is laid out over `num_steps`.
-RESUMABLE = ("num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample_every", "profile", "ema_snapshots", "sample", "eval", "input")
+RESUMABLE = (
+    "num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample_every", "profile",
+    "ema_snapshots", "sample", "eval", "input", "guard", "on_save_error",
+)
 
 FIX = "; edit the config file or pass --{path}=VALUE"
 
@@ -33,6 +36,7 @@ FIX = "; edit the config file or pass --{path}=VALUE"
 def defaults() -> ConfigDict:
     """Every key of a config with the value that it takes when a config file does not set it."""
     from diffjax.train import optim
+    from diffjax.train.survival import guard
 
     return ConfigDict(
         dict(
@@ -67,6 +71,8 @@ def defaults() -> ConfigDict:
             sharding="data",
             mesh="",
             tensorboard=False,
+            guard=dict(guard.DEFAULTS),
+            on_save_error="stop",
             sample=dict(
                 solver="dpmpp_2m()", steps=20, spacing="karras(s_max=40.0)", guidance=1.0, interval=(0.0, math.inf)
             ),
@@ -329,6 +335,11 @@ _RANGES = {
     "label_dropout": _UNIT,
     "loss.self_condition": _UNIT,
     "loss.uncertainty": ((lambda v: v >= 0), "a number of Fourier features, or 0 for none"),
+    "guard.on_bad": ((lambda v: v in ("stop", "skip", "rollback")), "'stop', 'skip' or 'rollback'"),
+    "guard.spike": ((lambda v: v == 0 or v > 1), "a factor above 1 over the median of the loss, or 0 for no limit"),
+    "guard.patience": _at_least(0),
+    "guard.max_events": _at_least(0),
+    "on_save_error": ((lambda v: v in ("stop", "continue")), "'stop' or 'continue'"),
     "ema_snapshots": ((lambda v: v >= 0), "a number of steps between snapshots, or 0 for none"),
     "log_every": _at_least(1),
     "checkpoint_every": _at_least(1),

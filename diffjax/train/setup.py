@@ -14,6 +14,7 @@ from diffjax.train.parallel.activations import constrained
 from diffjax.train.parallel.mesh import batch_groups
 from diffjax.train.parts import Parts
 from diffjax.train.state import TrainState, abstract_state, init_state
+from diffjax.train.survival import guard
 
 
 def first_state(config, parts: Parts, checkpoints, iterator, state_sharding) -> tuple[int, TrainState]:
@@ -39,7 +40,7 @@ def compile_step(config, parts: Parts, mesh, state_sharding):
     """The compiled `(state, window, batch) -> (state, window)`, which consumes its state and window, and a maker of
     empty windows."""
     compiled = lower_step(config, parts, mesh, state_sharding).compile()
-    blank = steps.empty_window(parts.dataset.num_classes, parts.objective.terms)
+    blank = guard.guarded(config.guard, steps.empty_window(parts.dataset.num_classes, parts.objective.terms))
     everywhere = sharding.replicated(mesh)
     step_fn = compiled
     if config.sharding == "pmap":
@@ -55,8 +56,8 @@ def lower_step(config, parts: Parts, mesh, state_sharding) -> jax.stages.Lowered
     """
     mapped = config.sharding == "pmap"
     gradient = _gradient(config, mesh, None if mapped else state_sharding.params)
-    step = steps.with_window(steps.make_train_step(parts, config, gradient))
-    blank = steps.empty_window(parts.dataset.num_classes, parts.objective.terms)
+    step = guard.with_window(config.guard, steps.make_train_step(parts, config, gradient))
+    blank = guard.guarded(config.guard, steps.empty_window(parts.dataset.num_classes, parts.objective.terms))
     inputs = abstract_state(parts), blank, abstract_batch(config, parts)
     if mapped:
         return pmap.lower(step, mesh, *inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class Metrics(NamedTuple):
       param_norm: global norm of the parameters after the last step.
       bad_step: index (from 0) of the first step whose loss, gradient or parameters are not finite, else `NEVER`.
       batch: that step's batch, else that of the last step.
+      guard: `diffjax.train.survival.guard.Guard` of a window under `config.guard`, else empty.
     """
 
     steps: jax.Array
@@ -62,6 +63,7 @@ class Metrics(NamedTuple):
     param_norm: jax.Array
     bad_step: jax.Array
     batch: BatchStats
+    guard: Any = ()
 
 
 def make_train_step(
