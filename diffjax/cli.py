@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -60,8 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not isinstance(error, expected_errors()):
             raise
-        sys.stderr.write("diffjax: " + " ".join(str(error).split()) + "\n")
-        return USAGE_ERROR if isinstance(error, ValueError) else FAILURE
+        code, text = describe(error)
+        sys.stderr.write(f"diffjax: {text}\n")
+        return code
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """Exit code and text of an error: one line for an expected one, else its traceback."""
+    if not isinstance(error, expected_errors()):
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else FAILURE
+        return code, "".join(traceback.format_exception(error))
+    return USAGE_ERROR if isinstance(error, ValueError) else FAILURE, " ".join(str(error).split())
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -206,16 +217,29 @@ def run_settings(workdir: str, overrides: dict[str, str], groups: Sequence[str])
     return values
 
 
+@contextlib.contextmanager
+def together(arguments):
+    """The other processes of the command while the block lasts, None where it runs alone; see docs/processes.md."""
+    from diffjax.train.parallel import cluster, processes
+
+    flags = {name: getattr(arguments, name) for name in cluster.FLAGS}
+    found = cluster.find(os.environ, **flags)
+    settings = dict(timeout_s=arguments.join_timeout, stall_s=arguments.stall_timeout)
+    with processes.joined(found, describe, **settings) as peers:
+        yield peers
+
+
 def train(arguments, overrides) -> int:
     """`diffjax train`."""
     workdir = required(arguments, "workdir", "runs/digits")
-    config = given_config(arguments, overrides)
-    from diffjax.pipelines.preview import preview
-    from diffjax.train.loop import train as run
-    from diffjax.train.setup import use_compile_cache
+    with together(arguments) as peers:
+        config = given_config(arguments, overrides)
+        from diffjax.pipelines.preview import preview
+        from diffjax.train.loop import train as run
+        from diffjax.train.setup import use_compile_cache
 
-    use_compile_cache()
-    result = run(config, workdir, preview=preview)
+        use_compile_cache()
+        result = run(config, workdir, preview=preview, peers=peers)
     return 128 + result.signal if result.signal else 0
 
 
@@ -275,6 +299,25 @@ def sweep(arguments, overrides) -> int:
     )
 
 
+def latents(arguments, overrides) -> int:
+    """`diffjax latents`."""
+    if overrides:
+        raise UsageError(f"--config.{next(iter(overrides))}: latents takes no config; give --data and --encode")
+    data = required(arguments, "data", "\"folder(path='photos', size=256)\"")
+    encode = required(arguments, "encode", "my_package.vae:encode")
+    out = required(arguments, "out", "latents/photos")
+    # The user's own modules are named relative to where the user stands.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    from diffjax.pipelines.latents import write_latents
+    from diffjax.train.setup import use_compile_cache
+
+    use_compile_cache()
+    names = ("shards", "batch_size", "threads", "max_bad", "process_index", "process_count")
+    write_latents(data, encode, out, stream=sys.stderr, **_given(arguments, *names))
+    return 0
+
+
 def inspect(arguments, overrides) -> int:
     """`diffjax inspect`."""
     config = given_config(arguments, overrides)
@@ -320,6 +363,13 @@ def _numbers(kind):
     return parse
 
 
+_PROCESSES = (
+    ("--coordinator", dict(metavar="HOST:PORT", help="of process 0 of several; default what the launcher says")),
+    ("--num_processes", dict(type=int, metavar="N", help="how many processes run this command together")),
+    ("--process_id", dict(type=int, metavar="I", help="which of them this is, from 0")),
+    ("--join_timeout", dict(type=int, default=300, metavar="S", help="seconds to wait for the others; default 300")),
+    ("--stall_timeout", dict(type=float, default=1800, metavar="S", help="stop all after so long without a step")),
+)
 _SAMPLING = (
     ("--solver", dict(metavar="SPEC", help="such as 'heun()' or 'ddim(eta=1.0)'; default the config's")),
     ("--steps", dict(type=int, metavar="N", help="steps of the solver")),
@@ -336,7 +386,7 @@ COMMANDS = {
             "diffjax train --config=configs/digits.py:smoke --workdir=runs/smoke",
             "diffjax train --config=configs/digits.py --config.optim.lr=2e-3 --workdir=runs/lr",
         ),
-        (_CONFIG, _WORKDIR),
+        (_CONFIG, _WORKDIR, *_PROCESSES),
         train,
     ),
     "eval": Command(
@@ -393,6 +443,25 @@ COMMANDS = {
             ("--dry_run", dict(action="store_true", help="list the runs and start none")),
         ),
         sweep,
+    ),
+    "latents": Command(
+        "encode a data set once and write the latents to train on",
+        (
+            "diffjax latents --data=\"folder(path='photos', size=256)\" --encode=my_vae:encode --out=latents/photos",
+            "diffjax train --config=configs/my.py --config.data=\"latents(path='latents/photos')\" --workdir=runs/my",
+        ),
+        (
+            ("--data", dict(metavar="SPEC", help="as config.data, such as \"folder(path='photos', size=256)\"")),
+            ("--encode", dict(metavar="PKG.MODULE:FN", help="images [B, H, W, C] in [-1, 1] -> latents [B, h, w, c]")),
+            ("--out", dict(metavar="DIR", help="folder of the latents; the same command goes on with it")),
+            ("--shards", dict(type=int, metavar="N", help="files for the training half; default 16")),
+            ("--batch_size", dict(type=int, metavar="N", help="images in one call of the encoder; default 64")),
+            ("--threads", dict(type=int, metavar="N", help="that read images; default 4")),
+            ("--max_bad", dict(type=int, metavar="N", help="unreadable images to leave out of a shard; default 0")),
+            ("--process_index", dict(type=int, metavar="P", help="writes the shards P, P + COUNT, ...; default 0")),
+            ("--process_count", dict(type=int, metavar="COUNT", help="processes that share the shards; default 1")),
+        ),
+        latents,
     ),
     "inspect": Command(
         "show a config's parameters, bytes, FLOPs and sharding without training",
