@@ -397,7 +397,7 @@ class Learned:
     """Variance-preserving, log-SNR a decreasing network of `t` in [0, 1] between two fixed ends.
 
     `logsnr(t) = logsnr_max - (logsnr_max - logsnr_min) (g(t) - g(0)) / (g(1) - g(0))` with
-    `g(t) = w1 t + sum_k w3_k sigmoid(w2_k t + b_k)` and positive weights (Kingma et al. 2021, arXiv:2107.00630,
+    `g(t) = w1 t + mean_k w3_k sigmoid(w2_k t + b_k)` and positive weights (Kingma et al. 2021, arXiv:2107.00630,
     appendix H), so it decreases whatever the parameters are. It departs from the paper in its ends, which are settings,
     and in `Level.t`: the network is told the fraction of log-SNR between the ends, the same as by
     `LinearLogSNR(logsnr_min, logsnr_max)`, so its input does not move when the schedule does.
@@ -429,10 +429,10 @@ class Learned:
         return LinearLogSNR(self.logsnr_min, self.logsnr_max)
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Parameters, near the linear schedule: the sigmoids begin with a hundredth of the slope."""
+        """Parameters, near the linear schedule: the sigmoids begin with a fifth of its slope."""
         centres = (jnp.arange(self.width, dtype=jnp.float32) + jax.random.uniform(key)) / self.width
         steep = jnp.full(self.width, 10.0)
-        heights = jnp.full(self.width, _inverse_softplus(0.01 / self.width), jnp.float32)
+        heights = jnp.full(self.width, _inverse_softplus(0.2), jnp.float32)
         return {
             "slope": jnp.asarray(_inverse_softplus(1.0), jnp.float32),
             "steep": jnp.log(jnp.expm1(steep)),
@@ -454,7 +454,7 @@ class Learned:
         def rise(t):
             # g(t) - g(0) as one difference per sigmoid: 1/2 (tanh(a / 2) - tanh(b / 2)).
             each = xp.tanh((steep * t[..., None] + p["bias"]) / 2) - xp.tanh(p["bias"] / 2)
-            return slope * t + 0.5 * (each * height).sum(-1)
+            return slope * t + 0.5 * (each * height).mean(-1)
 
         return rise(t) / rise(xp.ones_like(t))
 

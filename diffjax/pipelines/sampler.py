@@ -186,7 +186,8 @@ def compile_sampler(run, settings: Settings, *, guided: bool | None = None, trac
 
         def denoise(x, level, *estimate):
             # Guidance doubles the batch that the network sees, and so what the network is given beside it.
-            beside = lambda x: {"estimate": jnp.tile(e, (len(x) // len(e), 1, 1, 1)) for e in estimate}
+            twice = lambda e, x: jnp.tile(e, (len(x) // len(e), 1, 1, 1))
+            beside = lambda x: {"estimate": twice(estimate[0], x)} if estimate else {}
             apply = lambda x, t, y: run.model.apply(params, x, t, y, **beside(x))
             plain = settings._replace(guidance=1.0)
             return guided_denoiser(run, apply, labels, plain, scale=scale if guided else None)(x, level)

@@ -132,3 +132,62 @@ def test_loss_is_unreduced_float32_and_checks_shapes():
         core.loss(lambda x, t: x, core.V, x0, core.VP()(jnp.array(0.5)), key=jax.random.key(0))
     with pytest.raises(ValueError, match="must be equal"):
         core.loss(lambda x, t: x[:2], core.V, x0, level, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "weight, of_x0",
+    [("truncated_snr()", lambda snr: np.maximum(snr, 1)), ("min_snr(gamma=5.0)", lambda snr: np.minimum(snr, 5))],
+)
+def test_weights_that_papers_state_for_x0_are_restated_for_eps(weight, of_x0, x64):
+    # The same network and noise: an error of x0 is (sigma / alpha) times that of eps.
+    n, head = 64, core.V
+    level = core.VP().at_logsnr(jnp.linspace(-6, 6, n))
+    x0, eps = jax.random.normal(jax.random.key(0), (2, n, 3))
+    f = lambda x, t: jnp.sin(3 * x)
+    by_weight = core.loss(f, head, x0, level, eps=eps, weight=registry.build(weight, core.WEIGHTS, "weight"))
+    of_error = core.loss(f, head, x0, level, eps=eps, space=core.X0)
+    np.testing.assert_allclose(by_weight, of_x0(np.exp(level.logsnr)) * of_error, rtol=1e-9)
+
+
+def test_debiased_weight_is_one_over_the_root_of_the_snr():
+    level = core.Flow()(np.array([0.2, 0.5]))
+    np.testing.assert_allclose(core.WEIGHTS["debiased"]()(level), np.exp(-level.logsnr / 2))
+
+
+@pytest.mark.parametrize(
+    "spec, cdf",
+    [
+        # cosmap on Flow is the cosine schedule: logsnr = -2 log tan(pi u / 2), so u = atan(t / (1 - t)) 2 / pi.
+        ("cosmap()", lambda t: 2 / np.pi * np.arctan2(t, 1 - t)),
+        ("beta(a=2.0, b=3.0)", stats.beta(2, 3).cdf),
+        ("mode(scale=0.0)", lambda t: t),
+        # The map is decreasing in u; its inverse is read off a table of it.
+        ("mode(scale=1.29)", lambda t: 1 - np.interp(t, *mode_table(1.29))),
+        ("mode(scale=-0.8)", lambda t: 1 - np.interp(t, *mode_table(-0.8))),
+    ],
+)
+def test_times_have_the_distribution_of_the_paper(spec, cdf):
+    t = np.asarray(registry.build(spec, core.TIMES, "times")(jax.random.key(0), 20_000))
+    assert t.shape == (20_000,) and t.dtype == np.float32 and t.min() >= 0 and t.max() <= 1
+    assert stats.kstest(t, cdf).pvalue > 1e-3
+
+
+def mode_table(scale):
+    u = np.linspace(1, 0, 20_001)
+    return 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u), u
+
+
+@pytest.mark.parametrize("spec", ["mode(scale=2.0)", "mode(scale=-1.5)", "beta(a=0.0)"])
+def test_time_samplers_refuse_what_is_no_distribution(spec):
+    with pytest.raises(ValueError, match="times"):
+        registry.build(spec, core.TIMES, "times")
+
+
+def test_loss_gives_the_prediction_that_it_measured():
+    level = core.Flow()(jnp.array([0.3, 0.8]))
+    x0, eps = jax.random.normal(jax.random.key(0), (2, 2, 5))
+    losses, prediction = core.loss(lambda x, t: (2 * x, "aux"), core.V, x0, level, eps=eps, predict=True)
+    assert prediction.aux == "aux"
+    np.testing.assert_array_equal(losses, core.loss(lambda x, t: 2 * x, core.V, x0, level, eps=eps))
+    x = core.add_noise(x0, eps, level)
+    np.testing.assert_allclose(core.add_noise(prediction.x0, prediction.eps, level), x, rtol=1e-5, atol=1e-6)
