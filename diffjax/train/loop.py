@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from diffjax.data import batches
 from diffjax.train import config as configs
 from diffjax.train import step as steps
-from diffjax.train.checkpoint import open_checkpoints
+from diffjax.train.checkpoint import open_checkpoints, versions
 from diffjax.train.errors import NonFiniteError, WorkdirError
 from diffjax.train.monitor import writers
 from diffjax.train.monitor.clock import Clock
@@ -25,12 +25,12 @@ from diffjax.train.monitor.meters import usage
 from diffjax.train.monitor.profile import Profile
 from diffjax.train.monitor.summary import summarize
 from diffjax.train.optim import evaluation_params, snapshots
-from diffjax.train.parallel import sharding
+from diffjax.train.parallel import processes, sharding
 from diffjax.train.parallel.flops import step_flops
+from diffjax.train.parallel.peers import Watch
 from diffjax.train.parts import Parts, prepare
 from diffjax.train.setup import compile_step, first_state
 from diffjax.train.state import CHECKPOINTS, TrainState, abstract_state
-from diffjax.train.stopping import caught_signals
 from diffjax.train.workdir import locked, refuse_changes, write_config
 
 
@@ -63,10 +63,16 @@ class Session(NamedTuple):
     workdir: str
     windows: list  # of metrics on the host, reported since the last checkpoint
     snapshots: Any = None  # of the averages, every `ema_snapshots` steps
+    peers: Watch | None = None  # the other processes of the run
 
 
 def train(
-    config: ConfigDict, workdir: str, *, stream: TextIO | None = None, preview: Callable | None = None
+    config: ConfigDict,
+    workdir: str,
+    *,
+    stream: TextIO | None = None,
+    preview: Callable | None = None,
+    peers: Watch | None = None,
 ) -> Result:
     """Trains to `config.num_steps` (or `config.stop_at`), from the newest checkpoint in `workdir` if there is one.
 
@@ -80,6 +86,8 @@ def train(
       stream: where progress is written; default `sys.stderr`.
       preview: `(config, parts) -> picture` with `picture(params, step) -> uint8 [H, W, 1 or 3]`, what to draw every
         `config.sample_every` steps, such as `diffjax.pipelines.preview.preview`; default nothing.
+      peers: the other processes of the run, from `diffjax.train.parallel.processes.join`. Every process makes the same
+        call, with a `workdir` that all of them see; the first one writes everything but its share of the checkpoints.
 
     Raises:
       ConfigError: for a config that cannot run, or another config than that of the run in `workdir`.
@@ -89,25 +97,33 @@ def train(
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise WorkdirError(f"workdir {workdir!r} is a file; give a folder, which is made if it does not exist")
     config, parts = prepare(config)
+    processes.agree("config", configs.flat(config) | versions(), "start all with one command and one installation")
     os.makedirs(workdir, exist_ok=True)
-    with locked(workdir), caught_signals() as caught, contextlib.ExitStack() as stack:
+    first = processes.is_first()
+    lock = locked(workdir) if first else contextlib.nullcontext()
+    with lock, processes.stop_requests() as asked, contextlib.ExitStack() as stack:
         refuse_changes(workdir, config)
         checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
         stack.callback(checkpoints.close)
         reading = dict(config.input, seed=config.seed, augment=parts.augment)
-        iterator = batches(parts.dataset.train, config.batch_size, **reading)
-        stack.callback(iterator.close)
         mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
+        index, count = processes.input_share(sharding.batch_sharding(mesh), config.batch_size)
+        share = dict(process_index=index, process_count=count)
+        iterator = batches(parts.dataset.train, config.batch_size, **reading, **share)
+        stack.callback(iterator.close)
         state_sharding = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
         step, state = first_state(config, parts, checkpoints, iterator, state_sharding)
-        terminal = writers.Terminal(stream or sys.stderr, last_step(config), step)
-        writer = writers.Several([terminal, *file_writers(config, workdir, step)])
+        processes.agree("newest checkpoint", {"step": step}, f"{workdir!r} must be one folder that all of them see")
+        quiet = None if first else stack.enter_context(open(os.devnull, "w"))
+        terminal = writers.Terminal(quiet or stream or sys.stderr, last_step(config), step)
+        writer = writers.Several([terminal, *(file_writers(config, workdir, step) if first else ())])
         stack.callback(writer.close)
         if step >= last_step(config):
             text = f"{workdir} is at step {step}, and the config asks for {last_step(config)}: nothing to do"
             terminal.write_texts(step, {"note": text})
             return Result(step, None)
-        write_config(workdir, config)
+        if first:
+            write_config(workdir, config)
         terminal.write_texts(step, {"note": "compiling the training step ..."})
         step_fn, empty = compile_step(config, parts, mesh, state_sharding)
         picture = preview(config, parts) if preview and config.sample_every else None
@@ -115,32 +131,37 @@ def train(
         session = Session(
             config, parts, mesh, step_fn, empty, iterator, checkpoints, writer, terminal, picture, flops, workdir, []
         )
+        session = session._replace(peers=peers)
         if config.ema_snapshots:
             session = session._replace(snapshots=snapshots.open_snapshots(workdir, step=step))
             stack.callback(session.snapshots.close)
             text = snapshots.cost(config.ema_snapshots, last_step(config), state.ema)
             terminal.write_texts(step, {"note": text})
-        return run(session, step, state, caught)
+        return run(session, step, state, asked)
 
 
-def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Result:
+def run(session: Session, step: int, state: TrainState, asked: Callable[[int], int | None]) -> Result:
     """The loop itself; the device is waited for at checkpoints, and one step late at every log line."""
     config, last = session.config, last_step(session.config)
     window, pending, clock, saved = session.empty(), None, Clock(step, config.batch_size), step or None
-    profile = Profile(config.profile, session.workdir)
-    while step < last and not (caught and step == saved):
+    profile = Profile(config.profile if processes.is_first() else (), session.workdir)
+    signalled = asked(step)
+    while step < last and not (signalled and step == saved):
         profile.before(step)
         with clock.waiting():
             batch = sharding.place_batch(next(session.iterator), session.mesh)
         state, window = session.step_fn(state, window, batch)
         step += 1
         session.terminal.advance(step)
+        if session.peers:
+            session.peers.step(step)
+        signalled = signalled or asked(step)
         if pending:
             # The device already works on the next step, so fetching this window costs it nothing.
             pending = report(session, clock, *pending)
         if traced := profile.after(step, state):
             session.terminal.write_texts(step, {"note": f"profile of steps {config.profile} in {traced}"})
-        ends = step == last or bool(caught)
+        ends = step == last or bool(signalled)
         keeps = snapshots.due(config.ema_snapshots, step, last)
         saves = step % config.checkpoint_every == 0 or ends
         if step % config.log_every == 0 or saves or keeps:
@@ -168,11 +189,11 @@ def run(session: Session, step: int, state: TrainState, caught: list[int]) -> Re
     profile.close()
     session.checkpoints.wait()
     conclude(session, clock, step, state)
-    if caught:
-        name = signal.Signals(caught[0]).name
+    if signalled:
+        name = signal.Signals(signalled).name
         text = f"{name}: saved step {step} of {last} in {session.workdir}; the same command goes on from there"
         session.terminal.write_texts(step, {"note": text})
-    return Result(step, caught[0] if caught else None)
+    return Result(step, signalled)
 
 
 def report(session: Session, clock: Clock, step: int, window: steps.Metrics) -> None:
@@ -195,6 +216,8 @@ def averaged(session: Session, state: TrainState) -> dict:
 
 def conclude(session: Session, clock: Clock, step: int, state: TrainState) -> None:
     """Writes the summary of this start of the run."""
+    if not processes.is_first():
+        return
     session.writer.flush()
     facts = {
         "step": step,

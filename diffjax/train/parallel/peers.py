@@ -88,7 +88,7 @@ class Watch:
             return self.verdict() or verdict
         return verdict
 
-    def explain(self, error: BaseException) -> Verdict | None:
+    def explain(self) -> Verdict | None:
         """Why a computation over all processes failed here: the verdict once there is one; None if every peer lives."""
         until = time.monotonic() + SUSPECT_S + 3 * BEAT_S
         while time.monotonic() < until:

@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -209,34 +208,44 @@ def input_share(sharding: Sharding, rows: int) -> tuple[int, int]:
     return start // size, rows // size
 
 
-def leave(watch: Watch | None, code: int, text: str = "", error: BaseException | None = None) -> int:
-    """Leaves the run with an exit code: returns it if all is well, else stops every process and does not return.
+@contextlib.contextmanager
+def joined(
+    cluster: Cluster | None, describe: Callable[[BaseException], tuple[int, str]], **settings
+) -> Iterator[Watch | None]:
+    """The other processes of the run for as long as the block lasts; None, and nothing else, where there are none.
+
+    An error in the block stops every process: this one with the code and the text of `describe(error)`, the others with
+    a line that quotes it. A computation over all processes fails as well where another one has died; then that is said.
 
     Args:
-      watch: from `join`; None only returns the code.
-      code: of this process; 0 or `RESUME` if all processes end alike.
-      text: what went wrong here, for the others and for stderr.
-      error: the exception behind it. A computation over all processes fails as well where another process has died;
-        then that is what is said.
+      cluster: from `diffjax.train.parallel.cluster.find`.
+      describe: `error -> (exit code, text for stderr)`.
+      settings: as `join`.
+
+    Raises:
+      ConfigError: as `join`.
     """
-    if watch is None:
-        return code
-    if error is None:
+    watch = join(cluster, **settings)
+    try:
+        yield watch
+    except BaseException as error:
+        if watch is None:
+            raise
+        _fail(watch, error, *describe(error))
+    if watch is not None:
         watch.finish()
         jax.distributed.shutdown()
-        return code
-    verdict = watch.explain(error) if isinstance(error, jax.errors.JaxRuntimeError) else None
+        release_abort()
+
+
+def _fail(watch: Watch, error: BaseException, code: int, text: str) -> None:
+    verdict = watch.explain() if isinstance(error, jax.errors.JaxRuntimeError) else None
     if verdict is None:
-        sys.stderr.write(text if text.endswith("\n") else text + "\n")
-        line = " ".join(text.strip().splitlines()[-1].split())
+        *before, line = text.strip().splitlines()
+        sys.stderr.write("".join(part + "\n" for part in before))
         watch.announce(Verdict(code, f"{watch.name()} failed: {line}"))
-        verdict = Verdict(code, f"ends with code {code}, and tells the others to stop")
+        verdict = Verdict(code, line)
     watch.stop(verdict)
-
-
-def main_error(error: BaseException) -> str:
-    """The traceback of an error, as the interpreter would print it."""
-    return "".join(traceback.format_exception(error))
 
 
 def jax_count() -> int:
