@@ -430,15 +430,10 @@ class Learned:
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
         """Parameters, near the linear schedule: the sigmoids begin with a fifth of its slope."""
-        centres = (jnp.arange(self.width, dtype=jnp.float32) + jax.random.uniform(key)) / self.width
-        steep = jnp.full(self.width, 10.0)
-        heights = jnp.full(self.width, _inverse_softplus(0.2), jnp.float32)
-        return {
-            "slope": jnp.asarray(_inverse_softplus(1.0), jnp.float32),
-            "steep": jnp.log(jnp.expm1(steep)),
-            "bias": -steep * centres,
-            "height": heights,
-        }
+        centres = (jnp.arange(self.width) + jax.random.uniform(key)) / self.width
+        raw = lambda value, *shape: jnp.full(shape, np.log(np.expm1(value)), jnp.float32)  # undone by softplus
+        wide = {"steep": raw(10.0, self.width), "bias": -10 * centres, "height": raw(0.2, self.width)}
+        return {"slope": raw(1.0), **wide}
 
     def bind(self, params: Any) -> Learned:
         """The schedule with these parameters."""
@@ -446,7 +441,7 @@ class Learned:
 
     def _fraction(self, t):
         """`(g(t) - g(0)) / (g(1) - g(0))`, exactly 0 and 1 at the ends."""
-        xp = namespace(t, *(self.params.values() if not _concrete(self.params) else ()))
+        xp = namespace(t, *(a for a in self.params.values() if isinstance(a, jax.core.Tracer)))
         p = {name: xp.asarray(a) for name, a in self.params.items()}
         softplus = lambda a: xp.logaddexp(a, 0.0)
         slope, steep, height = softplus(p["slope"]), softplus(p["steep"]), softplus(p["height"])
@@ -478,14 +473,6 @@ class Learned:
 
     def at_logsnr(self, logsnr: Array) -> Level:
         return self._linear.at_logsnr(logsnr)
-
-
-def _concrete(params) -> bool:
-    return not any(isinstance(a, jax.core.Tracer) for a in params.values())
-
-
-def _inverse_softplus(y: float) -> float:
-    return float(np.log(np.expm1(y)))
 
 
 def rate(schedule: Schedule, logsnr: Array) -> Array:
