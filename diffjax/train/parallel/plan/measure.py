@@ -35,6 +35,9 @@ def measure(config: ConfigDict, folder: str) -> dict:
     at_once = min(rows, config.get("microbatch", 0) or rows)
     per_row, fixed = kept_activations(config, parts)
     ways = mesh.size * rows / config.batch_size
+    # Copies of parameters lie as the parameters do.
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+    share = _bytes_each(state.params, places.params) / whole
     trees = {
         "parameters": (state.params, places.params),
         "gradients": (state.params, places.params),
@@ -46,7 +49,7 @@ def measure(config: ConfigDict, folder: str) -> dict:
         dtype=str(parts.model.config.get("dtype", "float32")),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         state={name: _bytes_each(*tree) for name, tree in trees.items()},
-        activations=per_row * at_once / ways + fixed / mesh.size,
+        activations=per_row * at_once / ways + fixed * share,
         temporary=memory.temp_size_in_bytes if memory else 0,
         flops=step_flops(config, parts),
         collectives=collectives(_partitioned(folder, compiled), mesh.size) if mesh.size > 1 else [],
