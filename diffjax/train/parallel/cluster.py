@@ -66,11 +66,10 @@ def find(
     cluster = _slurm(environ) or _open_mpi(environ) or _tpu(environ)
     if given.coordinator == AUTO:
         cluster = Cluster("JAX's own detection", None, given.count, given.index, None)
-    elif cluster is None:
-        cluster = given if any(part is not None for part in given[1:4]) else None
-    elif any(part is not None for part in given[1:4]):
-        parts = {name: value for name, value in given._asdict().items() if name != "devices" and value is not None}
-        cluster = cluster._replace(**parts, found=f"{given.found} over {cluster.found}")
+    elif given.found:
+        parts = {name: value for name, value in given._asdict().items() if value is not None}
+        parts["found"] += f" over {cluster.found}" if cluster else ""
+        cluster = (cluster or given._replace(devices=()))._replace(**parts)
     if cluster is None or (cluster.count == 1 and not cluster.index):
         return None
     _check(cluster)
@@ -91,7 +90,7 @@ def _given(environ, coordinator, num_processes, process_id) -> Cluster:
             sources.append(variable)
             value = value if name == "coordinator" else _number(variable, value)
         values[name] = value
-    return Cluster(", ".join(sources), values["coordinator"], values["num_processes"], values["process_id"])
+    return Cluster(", ".join(sources), values["coordinator"], values["num_processes"], values["process_id"], None)
 
 
 def _slurm(environ) -> Cluster | None:
