@@ -48,7 +48,7 @@ def test_split_parameters_are_gathered_and_their_gradients_scattered():
     biases = 4 * found.parameters - BLOCKS - REST - LABELS
     assert found.state["parameters"] == (BLOCKS + REST + LABELS) / 4 + biases
     # In a loop weights are gathered anew for the backward pass; outside it what was gathered is kept. XLA exchanges
-    # the results of a product instead where they are smaller, as for the modulations, a sixth of the weights, of 8 rows.
+    # the results of a product instead where they are smaller, as for the modulations (a sixth of the weights).
     assert 5 / 6 < total(found, "all-gather", 4) / (2 * BLOCKS + REST + LABELS) < 1.01
     scattered = total(found, "reduce-scatter", 4)
     assert 5 / 6 < scattered / (BLOCKS + REST) < 1.01
