@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from diffjax import registry
-from diffjax.train.errors import NonFiniteError, WorkdirError
+from diffjax.train.errors import RESUME, NonFiniteError, WorkdirError
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -42,7 +42,10 @@ class Command(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit code: 0, 1 (it failed), 2 (it was asked for wrongly), 128 + a signal.
+    """Runs one subcommand and returns the exit code.
+
+    It is 0, 1 (it failed), 2 (it was asked for wrongly), 75 (it was interrupted, and goes on when it is started again)
+    or 128 + a signal.
 
     Expected errors are one line on stderr; `--debug`, or `DIFFJAX_DEBUG=1`, shows the traceback.
     """
@@ -240,6 +243,8 @@ def train(arguments, overrides) -> int:
 
         use_compile_cache()
         result = run(config, workdir, preview=preview, peers=peers)
+    if result.signal == signal.SIGTERM:
+        return RESUME
     return 128 + result.signal if result.signal else 0
 
 
