@@ -169,10 +169,10 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(_plain(config), indent=2, sort_keys=True, allow_nan=False)
 
 
-def differences(stored: ConfigDict, given: ConfigDict) -> list[str]:
-    """`key: stored -> given` for every leaf in which two filled configs differ, without the keys of `RESUMABLE`."""
+def differences(stored: ConfigDict, given: ConfigDict, *, without: tuple[str, ...] = RESUMABLE) -> list[str]:
+    """`key: stored -> given` for every leaf in which two filled configs differ, `without` some top-level keys."""
     old, new = flat(stored), flat(given)
-    keys = [k for k in sorted({**old, **new}) if k.split(".")[0] not in RESUMABLE]
+    keys = [k for k in sorted({**old, **new}) if k.split(".")[0] not in without]
     absent = "(not set)"
     changed = [k for k in keys if old.get(k, absent) != new.get(k, absent)]
     return [f"{k}: {old.get(k, absent)!r} -> {new.get(k, absent)!r}" for k in changed]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from diffjax.data import batches
 from diffjax.train import config as configs
 from diffjax.train import step as steps
 from diffjax.train.checkpoint import open_checkpoints, versions
-from diffjax.train.errors import NonFiniteError, WorkdirError
+from diffjax.train.errors import WorkdirError
 from diffjax.train.monitor import writers
 from diffjax.train.monitor.clock import Clock
 from diffjax.train.monitor.meters import usage
@@ -31,7 +32,8 @@ from diffjax.train.parallel.peers import Watch
 from diffjax.train.parts import Parts, prepare
 from diffjax.train.setup import compile_step, first_state
 from diffjax.train.state import CHECKPOINTS, TrainState, abstract_state
-from diffjax.train.workdir import locked, refuse_changes, write_config
+from diffjax.train.survival import guard, history, recovery, saving
+from diffjax.train.workdir import locked, note_changes, refuse_changes, write_config
 
 
 class Result(NamedTuple):
@@ -63,6 +65,8 @@ class Session(NamedTuple):
     workdir: str
     windows: list  # of metrics on the host, reported since the last checkpoint
     snapshots: Any = None  # of the averages, every `ema_snapshots` steps
+    files: Any = None  # the part of `writer` that leaves files
+    restart: Callable | None = None  # `() -> (step, state)` of the newest checkpoint
     peers: Watch | None = None  # the other processes of the run
 
 
@@ -73,11 +77,12 @@ def train(
     stream: TextIO | None = None,
     preview: Callable | None = None,
     peers: Watch | None = None,
+    allow_changes: bool = False,
 ) -> Result:
     """Trains to `config.num_steps` (or `config.stop_at`), from the newest checkpoint in `workdir` if there is one.
 
     The same call goes on with an interrupted run, and ends with the same bits as an uninterrupted one on the same
-    devices. SIGINT and SIGTERM save and return.
+    devices. SIGINT and SIGTERM save and return. What else can go wrong, and what then happens, is in docs/survival.md.
 
     Args:
       config: as `diffjax.train.config.defaults`; missing keys take their defaults.
@@ -88,11 +93,14 @@ def train(
         `config.sample_every` steps, such as `diffjax.pipelines.preview.preview`; default nothing.
       peers: the other processes of the run, from `diffjax.train.parallel.processes.join`. Every process makes the same
         call, with a `workdir` that all of them see; the first one writes everything but its share of the checkpoints.
+      allow_changes: goes on with another config than that of the run in `workdir`, and writes the differences to
+        `config_history.jsonl`.
 
     Raises:
       ConfigError: for a config that cannot run, or another config than that of the run in `workdir`.
-      WorkdirError: if another process trains in `workdir`, or it is a file.
-      NonFiniteError: if the loss, the gradient or the parameters stop being finite.
+      WorkdirError: if another process trains in `workdir`, it is a file, or it is gone when something is to be saved.
+      CheckpointError: if a checkpoint cannot be written, or there are some and none can be read.
+      NonFiniteError: if the loss, the gradient or the parameters stop being finite, as `config.guard` says.
     """
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise WorkdirError(f"workdir {workdir!r} is a file; give a folder, which is made if it does not exist")
@@ -102,28 +110,34 @@ def train(
     first = processes.is_first()
     lock = locked(workdir) if first else contextlib.nullcontext()
     with lock, processes.stop_requests() as asked, contextlib.ExitStack() as stack:
-        refuse_changes(workdir, config)
+        stored = refuse_changes(workdir, config, allow=allow_changes)
         checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
         stack.callback(checkpoints.close)
         reading = dict(config.input, seed=config.seed, augment=parts.augment)
         mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
         index, count = processes.input_share(sharding.batch_sharding(mesh), config.batch_size)
         share = dict(process_index=index, process_count=count)
-        iterator = batches(parts.dataset.train, config.batch_size, **reading, **share)
+        iterator = history.Batches(batches(parts.dataset.train, config.batch_size, **reading, **share))
         stack.callback(iterator.close)
         state_sharding = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
-        step, state = first_state(config, parts, checkpoints, iterator, state_sharding)
+        restart = functools.partial(first_state, config, parts, checkpoints, iterator, state_sharding)
+        step, state = restart()
         processes.agree("newest checkpoint", {"step": step}, f"{workdir!r} must be one folder that all of them see")
         quiet = None if first else stack.enter_context(open(os.devnull, "w"))
         terminal = writers.Terminal(quiet or stream or sys.stderr, last_step(config), step)
-        writer = writers.Several([terminal, *(file_writers(config, workdir, step) if first else ())])
+        files = saving.Files(lambda at: file_writers(config, workdir, at) if first else (), step, config.on_save_error)
+        writer = writers.Several([terminal, files])
         stack.callback(writer.close)
         if step >= last_step(config):
             text = f"{workdir} is at step {step}, and the config asks for {last_step(config)}: nothing to do"
             terminal.write_texts(step, {"note": text})
             return Result(step, None)
+        if text := saving.stretched(stored, config, step, parts.lr):
+            terminal.write_texts(step, {"note": text})
         if first:
+            note_changes(workdir, step, stored, config)
             write_config(workdir, config)
+        checkpoints.reserve(state)
         terminal.write_texts(step, {"note": "compiling the training step ..."})
         step_fn, empty = compile_step(config, parts, mesh, state_sharding)
         picture = preview(config, parts) if preview and config.sample_every else None
@@ -137,13 +151,15 @@ def train(
             stack.callback(session.snapshots.close)
             text = snapshots.cost(config.ema_snapshots, last_step(config), state.ema)
             terminal.write_texts(step, {"note": text})
-        return run(session, step, state, asked)
+        session = session._replace(files=files, restart=restart)
+        return recovery.persist(functools.partial(run, asked=asked), session, step, state)
 
 
 def run(session: Session, step: int, state: TrainState, asked: Callable[[int], int | None]) -> Result:
     """The loop itself; the device is waited for at checkpoints, and one step late at every log line."""
     config, last = session.config, last_step(session.config)
-    window, pending, clock, saved = session.empty(), None, Clock(step, config.batch_size), step or None
+    fresh = lambda: guard.limited(session.empty(), session.iterator.limit(config.guard.spike))
+    window, pending, clock, saved = fresh(), None, Clock(step, config.batch_size), step or None
     profile = Profile(config.profile if processes.is_first() else (), session.workdir)
     signalled = asked(step)
     while step < last and not (signalled and step == saved):
@@ -158,30 +174,33 @@ def run(session: Session, step: int, state: TrainState, asked: Callable[[int], i
         signalled = signalled or asked(step)
         if pending:
             # The device already works on the next step, so fetching this window costs it nothing.
-            pending = report(session, clock, *pending)
+            pending = report(session, clock, state, *pending)
         if traced := profile.after(step, state):
             session.terminal.write_texts(step, {"note": f"profile of steps {config.profile} in {traced}"})
         ends = step == last or bool(signalled)
         keeps = snapshots.due(config.ema_snapshots, step, last)
         saves = step % config.checkpoint_every == 0 or ends
         if step % config.log_every == 0 or saves or keeps:
-            pending, window = (step, window), session.empty()
+            pending, window = (step, window), fresh()
         if keeps:
             # As below, nothing is kept that was not seen to be finite.
-            pending = report(session, clock, *pending)
+            pending = report(session, clock, state, *pending)
             with clock.paused("ema snapshots"):
                 snapshots.save(session.snapshots, step, state.ema)
         if saves:
             # A state is saved only after every step that led to it was seen to be finite; and as its window ends here,
             # a run that goes on from it has the windows of one that was never stopped.
-            pending = pending and report(session, clock, *pending)
+            pending = pending and report(session, clock, state, *pending)
             metrics = {"loss": mean_loss(session.windows)}
             session.windows.clear()
             # Before the save: no checkpoint may be later than the rows that a killed process leaves.
             session.writer.flush()
             with clock.paused("checkpoints"):
-                session.checkpoints.save(step, state, session.iterator, json.loads(configs.to_json(config)), metrics)
-            saved = step
+                stored = json.loads(configs.to_json(config))
+                if saving.keep(session, step, state, stored, metrics, last=ends):
+                    saved = step
+            # The limit on the loss is that of a run that goes on from here.
+            window = fresh()
         if session.picture and (step % config.sample_every == 0 or step == last):
             with clock.paused("samples"):
                 image = session.picture(averaged(session, state), step)
@@ -196,15 +215,26 @@ def run(session: Session, step: int, state: TrainState, asked: Callable[[int], i
     return Result(step, signalled)
 
 
-def report(session: Session, clock: Clock, step: int, window: steps.Metrics) -> None:
-    """Fetches a window, stops the run if a step in it was bad, else logs it."""
-    window = check(session, window)
+def report(session: Session, clock: Clock, state: TrainState, step: int, window: steps.Metrics) -> None:
+    """Fetches a window that ended at `step`, leaves the loop if a step in it was bad, else logs it.
+
+    Raises:
+      BadWindow: if a step in it had a loss, gradient or parameters that are not finite, or a loss above the limit, and
+        was not skipped.
+    """
+    window = jax.device_get(window)
+    if window.bad_step != steps.NEVER:
+        raise recovery.BadWindow(window, step)
+    recovery.note_skipped(session, window, state)
     # Only now are its steps known to be done; when they were handed to the device says nothing.
     timing = clock.lap(step)
     session.windows.append(window)
     with clock.paused("counting FLOPs"):
         used = usage(timing, session.flops(), list(session.mesh.devices.flat))
-    values = steps.scalars(window) | {"lr": float(session.parts.lr(step - 1))} | timing | used
+    if session.config.guard.spike and window.steps:
+        session.iterator.note(float(window.loss) / int(window.steps))
+    shown = steps.scalars(window) if window.steps else {}
+    values = shown | guard.scalars(window) | {"lr": float(session.parts.lr(step - 1))} | timing | used
     session.writer.write_scalars(step, values)
 
 
@@ -231,36 +261,9 @@ def conclude(session: Session, clock: Clock, step: int, state: TrainState) -> No
 
 
 def mean_loss(windows: list[steps.Metrics]) -> float:
-    """The mean loss of the steps in all windows: what the best checkpoint is best at."""
-    return sum(float(w.loss) for w in windows) / sum(int(w.steps) for w in windows)
-
-
-def check(session: Session, window: steps.Metrics) -> steps.Metrics:
-    """The window on the host.
-
-    Raises:
-      NonFiniteError: if a step in it had a loss, gradient or parameters that are not finite.
-    """
-    window = jax.device_get(window)
-    if window.bad_step != steps.NEVER:
-        session.checkpoints.wait()
-        raise NonFiniteError(bad_step_message(window, session.checkpoints.steps(), session.workdir))
-    return window
-
-
-def bad_step_message(window: steps.Metrics, saved, workdir: str) -> str:
-    """Which step went wrong, on what batch, what it can be repeated from, and what to try."""
-    b = window.batch
-    labels = " ".join(f"{i}:{n}" for i, n in enumerate(b.labels[:-1]) if n) + f" null:{b.labels[-1]}"
-    folder = os.path.join(workdir, CHECKPOINTS)
-    good = f"last good checkpoint: step {max(saved)} in {folder}" if saved else "no checkpoint yet"
-    return (
-        f"step {int(window.bad_step) + 1} is not finite: loss {b.loss:.4g}, gradient norm {b.grad_norm:.4g}, "
-        f"parameter norm {b.param_norm:.4g}; "
-        f"its batch: images min {b.min:.4g} mean {b.mean:.4g} max {b.max:.4g}, {100 * b.finite:.4g} % finite, "
-        f"labels {labels}; {good}, nothing later was saved; lower config.optim.lr, set config.optim.clip, or look "
-        "at the data"
-    )
+    """The mean loss of the steps in all windows, which the best checkpoint is best at; NaN if all were skipped."""
+    count = sum(int(w.steps) for w in windows)
+    return sum(float(w.loss) for w in windows) / count if count else math.nan
 
 
 def last_step(config: ConfigDict) -> int:

@@ -15,6 +15,7 @@ from diffjax.train.errors import ConfigError, WorkdirError
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
+HISTORY_FILE = "config_history.jsonl"
 
 
 def read_config(workdir: str) -> ConfigDict:
@@ -34,19 +35,44 @@ def read_config(workdir: str) -> ConfigDict:
     return configs.fill(stored)
 
 
-def refuse_changes(workdir: str, config: ConfigDict) -> None:
-    """Compares the config with the one that the run in `workdir`, if there is one, was started with.
+def refuse_changes(workdir: str, config: ConfigDict, *, allow: bool = False) -> ConfigDict | None:
+    """The config that the run in `workdir` was started with, None without one, after a comparison with the given one.
+
+    Args:
+      workdir: folder of a run, or one that is not there yet.
+      config: filled.
+      allow: lets any difference pass; `note_changes` then writes it down.
 
     Raises:
       ConfigError: if they differ in anything that the next update depends on; lists every difference.
     """
+    stored = None
     if os.path.exists(os.path.join(workdir, CONFIG_FILE)):
-        changed = configs.differences(read_config(workdir), config)
-        if changed:
+        stored = read_config(workdir)
+        changed = configs.differences(stored, config)
+        if changed and not allow:
             raise ConfigError(
                 f"{workdir!r} holds a run with another config (stored -> given): {'; '.join(changed)}; "
-                "give the stored values to go on with it, or another --workdir to start afresh"
+                "give the stored values to go on with it, --allow_changes to go on with the given ones, or another "
+                "--workdir to start afresh"
             )
+    return stored
+
+
+def note_changes(workdir: str, step: int, stored: ConfigDict | None, config: ConfigDict) -> list[str]:
+    """What a run changes in its config, written to `config_history.jsonl`: `{"step": 20, "changes": [...]}` a line.
+
+    Args:
+      workdir: folder of the run.
+      step: that it goes on from.
+      stored: what `refuse_changes` returned.
+      config: what it goes on with.
+    """
+    changes = configs.differences(stored, config, without=()) if stored is not None else []
+    if changes:
+        with open(os.path.join(workdir, HISTORY_FILE), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "changes": changes}) + "\n")
+    return changes
 
 
 def write_config(workdir: str, config: ConfigDict) -> None:

@@ -92,3 +92,9 @@ def limited(window: Any, limit: float) -> Any:
         return window
     placed = jax.device_put(np.float32(limit), window.guard.limit.sharding)
     return window._replace(guard=window.guard._replace(limit=placed))
+
+
+def scalars(window: steps.Metrics) -> dict[str, float]:
+    """`skipped`, the steps of a fetched window that were left out, if there were any."""
+    skipped = int(window.guard.skipped) if isinstance(window.guard, Guard) else 0
+    return {"skipped": float(skipped)} if skipped else {}

@@ -67,7 +67,7 @@ def recover(session: Any, window: steps.Metrics, end: int) -> tuple[int, Any]:
         raise NonFiniteError(f"rolled back {settings.max_events} times, config.guard.max_events; now {text}")
     memory.events = events
     memory.skip(*batches)
-    session.writer.rewind(step)
+    session.files.rewind(step)
     session.windows.clear()
     note = f"{text}; going on from step {step} without batches {batches[0]} to {batches[1] - 1}"
     log.warning("%s", note)

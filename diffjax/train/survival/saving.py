@@ -98,3 +98,23 @@ class Files:
                 if not self._failed:
                     log.warning("%s; training goes on, and rows are lost until it can be written again", text)
                 self._failed = True
+
+
+def stretched(stored: Any, config: Any, step: int, lr: Callable[[int], Any]) -> str | None:
+    """One line on what another number of steps does to the learning rate of a run that goes on; None if it is the same.
+
+    Args:
+      stored: the config that the run was started with, or None.
+      config: the one that it goes on with.
+      step: that it goes on from.
+      lr: learning rate by step, of `config`.
+    """
+    from diffjax.train import optim
+
+    if stored is None or not step or stored.num_steps == config.num_steps:
+        return None
+    before = float(optim.build_lr(stored.optim, stored.num_steps)(step))
+    return (
+        f"config.num_steps {stored.num_steps} -> {config.num_steps}: the learning rate is laid out over all steps, so "
+        f"at step {step} it is {float(lr(step)):.4g} where it would have been {before:.4g}"
+    )
