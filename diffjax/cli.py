@@ -242,7 +242,7 @@ def train(arguments, overrides) -> int:
         from diffjax.train.setup import use_compile_cache
 
         use_compile_cache()
-        result = run(config, workdir, preview=preview, peers=peers)
+        result = run(config, workdir, preview=preview, peers=peers, allow_changes=arguments.allow_changes)
     if result.signal == signal.SIGTERM:
         return RESUME
     return 128 + result.signal if result.signal else 0
@@ -368,6 +368,10 @@ def _numbers(kind):
     return parse
 
 
+_ALLOW = (
+    "--allow_changes",
+    dict(action="store_true", help="go on with another config than the run was started with; the changes are recorded"),
+)
 _PROCESSES = (
     ("--coordinator", dict(metavar="HOST:PORT", help="of process 0 of several; default what the launcher says")),
     ("--num_processes", dict(type=int, metavar="N", help="how many processes run this command together")),
@@ -391,7 +395,7 @@ COMMANDS = {
             "diffjax train --config=configs/digits.py:smoke --workdir=runs/smoke",
             "diffjax train --config=configs/digits.py --config.optim.lr=2e-3 --workdir=runs/lr",
         ),
-        (_CONFIG, _WORKDIR, *_PROCESSES),
+        (_CONFIG, _WORKDIR, _ALLOW, *_PROCESSES),
         train,
     ),
     "eval": Command(
