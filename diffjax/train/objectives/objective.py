@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffjax import core, registry
@@ -77,6 +78,10 @@ def build_objective(config: ConfigDict, schedule: Any) -> Objective:
             f"config.loss.space is {loss.space!r} and config.weight is {config.weight!r}: a weight is a factor of the "
             "error of eps; set one of them to ''"
         )
+    if built["pairing"]:
+        with naming("config.loss.pairing"):
+            shape = jax.ShapeDtypeStruct((config.batch_size, 1), jnp.float32)
+            jax.eval_shape(built["pairing"], shape, shape)
     if built["variance"]:
         with naming("config.loss.variance"):
             check(built["variance"], schedule)

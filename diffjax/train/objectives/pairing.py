@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -39,7 +40,7 @@ def ot(group: int = 0) -> Pairing:
             product = jnp.matmul(x0, eps.T, precision=jax.lax.Precision.HIGHEST)
             return eps[assign(-product)]
 
-        grouped = lambda a: a.reshape(-1, rows, a[0].size)
+        grouped = lambda a: a.reshape(-1, rows, math.prod(a.shape[1:]))
         return jax.vmap(one)(grouped(x0.astype(eps.dtype)), grouped(eps)).reshape(eps.shape)
 
     return pair
