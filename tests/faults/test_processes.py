@@ -45,10 +45,9 @@ class Processes:
             joined = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
             config = f"--config={ROOT / 'configs' / 'digits_mlp.py'}"
             command = [sys.executable, "-m", "diffjax", "train", config, f"--workdir={workdir}", *flags]
+            command += joined if count > 1 else []
             with open(log, "w") as stream:
-                self.all.append(
-                    subprocess.Popen(command + joined * (count > 1), stdout=stream, stderr=stream, cwd=ROOT, env=environ)
-                )
+                self.all.append(subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT, env=environ))
 
     def __enter__(self):
         return self
