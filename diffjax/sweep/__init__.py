@@ -1,7 +1,4 @@
-"""Many runs of one config: a grid of settings and seeds, run one after another or on a cluster, compared in a table."""
+"""Many runs of one config: a grid of settings and seeds, run one after another or on a cluster, compared in a table.
 
-from diffjax.sweep.grid import parse_grid
-from diffjax.sweep.plan import Run, plan_runs
-from diffjax.sweep.run import sweep
-
-__all__ = ["Run", "parse_grid", "plan_runs", "sweep"]
+`run.sweep` is the whole of it. Nothing is imported here: a job on a cluster needs `launch` alone, and starts sooner.
+"""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from diffjax.viz.figure import COLOURS, FAINT, INK, TEXT, TITLE, line_height, new_figure, text_width
+from diffjax.viz.figure import COLOURS, INK, TEXT, TITLE, line_height, new_figure, text_width
 
 
 def sweep_dots(
@@ -29,7 +29,9 @@ def sweep_dots(
     width, height = left + 260 * len(panels), 110 + 1.7 * line_height() * max(len(names), 2)
     figure = new_figure(width, height)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-    figure.suptitle(title, fontsize=TITLE, fontweight="bold", color=INK, x=0.02, ha="left")
+    figure.suptitle(
+        f"{title} (dot: a run, bar: their mean)", fontsize=TITLE, fontweight="bold", color=INK, x=0.02, ha="left"
+    )
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, colour, (metric, rows) in zip(axes, COLOURS * 3, panels.items(), strict=False):
         for place, values in enumerate(rows):
@@ -46,5 +48,4 @@ def sweep_dots(
             axis.spines[side].set_visible(False)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
-    figure.text(0.995, 0.005, "dot: one run; bar: mean", fontsize=TEXT - 1, color=FAINT, ha="right")
     return figure
