@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -59,10 +59,11 @@ def check_divides(kind: str, part: str, value: int, whole: str, *totals: int) ->
     raise ValueError(f"{kind}: {part}={value} does not divide {whole} {given}; the nearest that does is {part}={best}")
 
 
-def check_inputs(kind: str, shape: tuple[int, ...], x, t, y) -> None:
-    """Raises `ValueError` unless `x [B, *shape]`, `t [B]` and `y [B]` or None."""
-    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(shape):
-        raise ValueError(f"{kind}: x has shape {tuple(x.shape)}; this network was built for [B, {_csv(shape)}]")
+def check_inputs(kind: str, shapes: Sequence[tuple[int, ...]], x, t, y) -> None:
+    """Raises `ValueError` unless `x [B, *shape]` for one of the shapes, `t [B]` and `y [B]` or None."""
+    if x.ndim != 4 or tuple(x.shape[1:]) not in shapes:
+        built = " or ".join(f"[B, {_csv(shape)}]" for shape in shapes)
+        raise ValueError(f"{kind}: x has shape {tuple(x.shape)}; this network was built for {built}")
     for name, value in (("t", t), ("y", y)):
         if value is not None and tuple(jnp.shape(value)) != (x.shape[0],):
             raise ValueError(f"{kind}: {name} has shape {tuple(jnp.shape(value))}; expected one per sample, [{len(x)}]")
@@ -77,11 +78,15 @@ def ends_of(kind: str, shape, extra_in: int, extra_out: int) -> tuple[tuple[int,
     return (*sides, channels + extra_in), (*sides, channels + extra_out)
 
 
-def network(kind: str, shape: tuple[int, ...], module: Functional) -> tuple:
-    """`(init, apply)` of a network: `apply(params, x, t, y=None, *, key=None)` with its inputs checked."""
+def network(kind: str, shape: tuple[int, ...], module: Functional, others: Iterable[tuple[int, ...]] = ()) -> tuple:
+    """`(init, apply)` of a network: `apply(params, x, t, y=None, *, key=None)` with its inputs checked.
+
+    `others` are shapes `(H, W, ...)` that it takes besides `shape`, with the channels of `shape`.
+    """
+    shapes = tuple(dict.fromkeys([tuple(shape), *((*other[:2], shape[-1]) for other in others)]))
 
     def apply(params: dict, x, t, y=None, *, key=None, method: str | None = None) -> Any:
-        check_inputs(kind, shape, x, t, y)
+        check_inputs(kind, shapes, x, t, y)
         return module.apply(params, x, t, y, key=key, method=method)
 
     return module.init, apply
