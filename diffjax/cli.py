@@ -254,11 +254,14 @@ def evaluate(arguments, overrides) -> int:
     names = ("ema", "step", "num_samples", "seeds", "seed", "solver", "steps", "spacing", "guidance", "interval", "out")
     options = run_settings(workdir, overrides, ("sample", "eval")) | _given(arguments, *names)
     options["quick"] = arguments.quick
-    from diffjax.pipelines.evaluate import evaluate as run
-    from diffjax.train.setup import use_compile_cache
+    with together(arguments) as peers:
+        if peers and peers.index:
+            return 0  # The first process evaluates alone; leaving the block waits for it.
+        from diffjax.pipelines.evaluate import evaluate as run
+        from diffjax.train.setup import use_compile_cache
 
-    use_compile_cache()
-    run(workdir, **options)
+        use_compile_cache()
+        run(workdir, **options)
     return 0
 
 
@@ -271,11 +274,14 @@ def sample(arguments, overrides) -> int:
         if "seeds" in options:
             raise UsageError("sample: --num and --seeds exclude each other; --num=4 is --seeds=0,1,2,3")
         options["seeds"] = tuple(range(arguments.num))
-    from diffjax.pipelines.generate import generate
-    from diffjax.train.setup import use_compile_cache
+    with together(arguments) as peers:
+        if peers and peers.index:
+            return 0  # The first process samples alone; leaving the block waits for it.
+        from diffjax.pipelines.generate import generate
+        from diffjax.train.setup import use_compile_cache
 
-    use_compile_cache()
-    generate(workdir, **options)
+        use_compile_cache()
+        generate(workdir, **options)
     return 0
 
 
@@ -414,6 +420,7 @@ COMMANDS = {
             *_SAMPLING,
             _STEP,
             ("--out", dict(metavar="DIR", help="where to write; default WORKDIR/eval")),
+            *_PROCESSES,
         ),
         evaluate,
     ),
@@ -432,6 +439,7 @@ COMMANDS = {
             _EMA,
             _STEP,
             ("--out", dict(metavar="PATH", help="where to write; default WORKDIR/samples")),
+            *_PROCESSES,
         ),
         sample,
     ),

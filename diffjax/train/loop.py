@@ -121,8 +121,10 @@ def train(
         stack.callback(iterator.close)
         state_sharding = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
         restart = functools.partial(first_state, config, parts, checkpoints, iterator, state_sharding)
+        # Before anything is read together: a process that sees other checkpoints would take other steps.
+        seen = {"saved steps": checkpoints.steps()}
+        processes.agree("checkpoints", seen, f"{workdir!r} must be one folder that all of them see")
         step, state = restart()
-        processes.agree("newest checkpoint", {"step": step}, f"{workdir!r} must be one folder that all of them see")
         quiet = None if first else stack.enter_context(open(os.devnull, "w"))
         terminal = writers.Terminal(quiet or stream or sys.stderr, last_step(config), step)
         files = saving.Files(lambda at: file_writers(config, workdir, at) if first else (), step, config.on_save_error)
