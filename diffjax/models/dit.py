@@ -19,24 +19,28 @@ from diffjax.nn import remat as checkpointed
 WAVES = 256  # channels of the time's sinusoids, whatever the width (DiT's TimestepEmbedder)
 # Columns, then rows (Shoeybi et al. 2019, arXiv:1909.08053, section 3): one sum over `tensor` for each branch and
 # direction. Queries, keys and values are split by heads, which no split of their kernel's flat columns is: it lies
-# split by rows.
+# split by rows, and an all-to-all turns these into heads.
 RULES = (
-    (r"^blocks/.*qkv/kernel$", (None, ("fsdp", "tensor"), None)),
+    (r"^blocks/.*qkv/kernel$", (None, ("tensor", "fsdp"), None)),
     (r"^blocks/.*(modulation|up)/kernel$", (None, "fsdp", "tensor")),
     (r"^blocks/.*(out|down)/kernel$", (None, "tensor", "fsdp")),
     (r"^(modulation|cond/hidden)/kernel$", ("fsdp", "tensor")),
     (r"^cond/out/kernel$", ("tensor", "fsdp")),
-    (r"^out/kernel$", (("fsdp", "tensor"), None)),
-    (r"^inp/kernel$|(^|/)embedding$", (None, ("fsdp", "tensor"))),
+    (r"^blocks/mlp/up/bias$", (None, "tensor")),
+    (r"^out/kernel$", ("fsdp", None)),
+    (r"^inp/kernel$|(^|/)embedding$", (None, "fsdp")),
     (r"(^|/)bias$", ()),
 )
 # Tokens are split over `sequence`; attention needs the keys and values of all of them.
 ACTIVATIONS = (
+    (r"/kernel/rows$", ("tensor",)),
+    (r"/kernel/heads$", (None, None, "tensor")),
     (r"/(q|mixed)$", ("batch", "sequence", "tensor")),
     (r"/(k|v)$", ("batch", None, "tensor")),
     (r"/hidden$", ("batch", "sequence", "tensor")),
     (r"^tokens$|/(out|down)$", ("batch", "sequence")),
     (r"(^|/)(cond|modulation)$", ("batch",)),
+    (r"^labels$", ()),
 )
 
 
@@ -71,18 +75,19 @@ class DiT(nnx.Module):
         self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **settings, rngs=nnx.Rngs(k)))(keys)
         self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, pixels_out, kernel_init=zeros, dtype=dtype, rngs=rngs)
-        self.patch, self.shape, self.width, self.depth = patch, ends[1], width, depth
+        self.patch, self.channels, self.width, self.depth = patch, ends[1][-1], width, depth
         self.scan, self.remat = loop
 
     def __call__(self, x, t, y, *, key=None):
         cond = tap("cond", nnx.silu(self.cond(t, y)))
-        height, breadth, _ = self.shape
+        shape = (*x.shape[1:3], self.channels)
+        height, breadth, _ = shape
         h = self.inp(patchify(x, self.patch))
         h = h + jnp.asarray(sincos_2d(height // self.patch, breadth // self.patch, self.width), h.dtype)
         h = self._run(tap("tokens", h), cond, key)
         shift, scale = jnp.split(tap("modulation", self.modulation(cond)), 2, axis=-1)
         out = self.out(modulate(layer_norm(h), shift, scale))
-        return widen(unpatchify(out, self.patch, self.shape))
+        return widen(unpatchify(out, self.patch, shape))
 
     def _run(self, h, cond, key):
         def body(h, block_and_index):
@@ -104,11 +109,13 @@ def dit(
     heads: int = 6, mlp_ratio: float = 4.0, dropout: float = 0.0, dtype: str = "float32",
     time_embed: str = "sinusoidal", time_scale: float = 1000.0, attention_scale: str = "sqrt",
     scan: bool = True, remat: str | bool = "none", extra_in: int = 0, extra_out: int = 0,
+    shapes: tuple = (),
 ) -> Model:  # fmt: skip
     """DiT (arXiv:2212.09748) with adaLN-Zero; its output starts at zero.
 
     Args:
       shape: `(H, W, C)` of the images or latents.
+      shapes: others that it takes as well, `((H, W, C), ...)`; positions are those of each shape's own grid.
       num_classes: 0 for an unconditional network, whose `y` is ignored.
       patch: side of a patch; divides H and W.
       width, depth, heads: of the transformer; `heads` divides `width`, `width` is a multiple of 4.
@@ -134,7 +141,7 @@ def dit(
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
     check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)
-    check_divides("dit", "patch", patch, "the image sides", shape[0], shape[1])
+    check_divides("dit", "patch", patch, "the image sides", *(side for s in (shape, *shapes) for side in s[:2]))
     check_divides("dit", "heads", heads, "the width", width)
     if width % 4:
         best = max(4, 4 * round(width / 4))
@@ -145,4 +152,4 @@ def dit(
     time = dict(waves=WAVES, time_embed=time_embed, time_scale=time_scale)
     rest = (patch, width, depth, heads, hidden, dropout, attention_scale, jnp.dtype(dtype), time, loop)
     module = functional(lambda rngs: DiT(ends, num_classes, *rest, rngs))
-    return Model(*network("dit", ends[0], module), config=config, rules=RULES, activations=ACTIVATIONS)
+    return Model(*network("dit", ends[0], module, shapes), config=config, rules=RULES, activations=ACTIVATIONS)

@@ -17,12 +17,14 @@ from diffjax.nn import remat as checkpointed
 RULES = (
     (r"(^|/)(up|hidden|modulation)/kernel$", ("fsdp", "tensor")),
     (r"(^|/)(down|out)/kernel$", ("tensor", "fsdp")),
-    (r"^inp/kernel$|(^|/)embedding$", (None, ("fsdp", "tensor"))),
+    (r"^inp/kernel$|(^|/)embedding$", (None, "fsdp")),
+    (r"/up/bias$", ("tensor",)),
     (r"(^|/)bias$", ()),
 )
 ACTIVATIONS = (
     (r"/hidden$", ("batch", "tensor")),
     (r"(^|/)(cond|modulation|tokens|down|out)$", ("batch",)),
+    (r"^labels$", ()),
 )
 
 

@@ -21,19 +21,24 @@ from diffjax.nn import remat as checkpointed
 # perceptron of a transformer (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 RULES = (
     (r"/attention/out/kernel$|^cond/out/kernel$", ("tensor", "fsdp")),
-    (r"/qkv/kernel$", (("fsdp", "tensor"), None)),
+    (r"/qkv/kernel$", (("tensor", "fsdp"), None)),
     (r"/film/kernel$|^cond/hidden/kernel$", ("fsdp", "tensor")),
     (r"/conv1/kernel$", (None, None, "fsdp", "tensor")),
-    (r"/(conv2|skip)/kernel$", (None, None, "tensor", "fsdp")),
-    (r"^inp/kernel$", (None, None, None, ("fsdp", "tensor"))),
-    (r"^out/kernel$", (None, None, ("fsdp", "tensor"), None)),
-    (r"(^|/)embedding$", (None, ("fsdp", "tensor"))),
+    (r"/conv2/kernel$", (None, None, "tensor", "fsdp")),
+    (r"/skip/kernel$", (None, None, "fsdp", None)),
+    (r"^inp/kernel$", (None, None, None, "fsdp")),
+    (r"^out/kernel$", (None, None, "fsdp", None)),
+    (r"(^|/)embedding$", (None, "fsdp")),
+    (r"/conv1/bias$|/norm2/(bias|scale)$", ("tensor",)),
     (r"(^|/)(bias|scale)$", ()),
 )
 ACTIVATIONS = (
     (r"/hidden$", ("batch", None, None, "tensor")),
+    (r"/kernel/rows$", ("tensor",)),
+    (r"/kernel/heads$", (None, None, "tensor")),
     (r"/(q|k|v|mixed)$", ("batch", None, "tensor")),
     (r"(^|/)(cond|film|features|out)$", ("batch",)),
+    (r"^labels$", ()),
 )
 
 
@@ -121,12 +126,13 @@ def unet(
     *, shape: tuple[int, int, int], num_classes: int = 0, width: int = 128, mults: tuple[int, ...] = (1, 2, 2, 2),
     blocks: int = 2, attention: tuple[int, ...] = (16,), head_width: int = 64, groups: int = 32, dropout: float = 0.0,
     dtype: str = "float32", time_embed: str = "sinusoidal", time_scale: float = 1000.0, remat: str | bool = "none",
-    extra_in: int = 0, extra_out: int = 0,
+    extra_in: int = 0, extra_out: int = 0, shapes: tuple = (),
 ) -> Model:  # fmt: skip
     """ADM's U-Net (arXiv:2105.05233, section 3); its output starts at zero.
 
     Args:
       shape: `(H, W, C)` of the images; both sides divisible by `2 ** (len(mults) - 1)`.
+      shapes: others that it takes as well, `((H, W, C), ...)`, on the levels that `shape` has.
       num_classes: 0 for an unconditional network, whose `y` is ignored.
       width, mults: the levels, finest first, have `width * mult` channels.
       blocks: residual blocks a level on the way down; one more on the way up.
@@ -151,12 +157,14 @@ def unet(
     check_common("unet", shape, num_classes, dropout, dtype, time_embed, width)
     check_least("unet", 1, width=width, blocks=blocks, head_width=head_width, groups=groups)
     _check_levels(shape, width, mults, attention, head_width, groups)
+    for other in shapes:
+        _check_levels(other, width, mults, (), head_width, groups)
     ends = ends_of("unet", shape, extra_in, extra_out)
     widths = tuple(width * mult for mult in mults)
     time = dict(waves=width, time_embed=time_embed, time_scale=time_scale)
     rest = (blocks, attention, head_width, groups, dropout, jnp.dtype(dtype), time, check_remat("unet", remat))
     module = functional(lambda rngs: UNet(ends, num_classes, widths, *rest, rngs))
-    return Model(*network("unet", ends[0], module), config=config, rules=RULES, activations=ACTIVATIONS)
+    return Model(*network("unet", ends[0], module, shapes), config=config, rules=RULES, activations=ACTIVATIONS)
 
 
 def _check_levels(shape, width, mults, attention, head_width, groups) -> None:

@@ -20,7 +20,8 @@ class SelfAttention(nnx.Module):
         `8 / d`, which keeps its size when heads grow (Yang et al. 2022, arXiv:2203.03466, Definition 4.1; the 8 makes
         both equal at the usual d = 64).
 
-    Activations: `q`, `k`, `v` and `mixed`, `[B, T, heads, C / heads]`, and `out`, `[B, T, C]`.
+    Activations: `q`, `k`, `v` and `mixed`, `[B, T, heads, C / heads]`; `out`, `[B, T, C]`; and, as they must be split
+    with these, the weights of the first three: `kernel/rows [C, 3 C]`, `kernel/heads [C, 3, heads, C / heads]`.
     """
 
     def __init__(self, width: int, heads: int, *, zero: bool = False, scale: str = "sqrt", dtype, rngs):
@@ -43,7 +44,8 @@ class SelfAttention(nnx.Module):
         """
         heads = (3, self.heads, x.shape[-1] // self.heads)
         x, kernel, bias = (a.astype(self.qkv.dtype) for a in (x, self.qkv.kernel[...], self.qkv.bias[...]))
-        return jnp.einsum("btc,cshd->btshd", x, kernel.reshape(-1, *heads)) + bias.reshape(heads)
+        kernel = tap("kernel/heads", tap("kernel/rows", kernel).reshape(-1, *heads))
+        return jnp.einsum("btc,cshd->btshd", x, kernel) + bias.reshape(heads)
 
 
 class PixelAttention(nnx.Module):

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffjax.nn.taps import tap
+
 TIME_EMBEDS = ("sinusoidal", "fourier")
 
 
@@ -53,7 +55,7 @@ class Condition(nnx.Module):
 
     A two-layer perceptron of the time's waves, plus a row of a table for the label. The table has a row more than there
     are classes: label `num_classes`, or no labels at all, is the null class of classifier-free guidance
-    (Ho & Salimans 2022, arXiv:2207.12598). Without classes the labels are ignored.
+    (Ho & Salimans 2022, arXiv:2207.12598). Without classes the labels are ignored. Activations: the table, `labels`.
     """
 
     def __init__(self, width: int, num_classes: int, *, waves: int, time_embed: str, time_scale: float, dtype, rngs):
@@ -73,4 +75,5 @@ class Condition(nnx.Module):
         if self.label is None:
             return h
         y = jnp.full(t.shape, self.num_classes, jnp.int32) if y is None else y
-        return h + self.label(y)
+        table = tap("labels", self.label.embedding[...])
+        return h + jnp.take(table.astype(h.dtype), y, axis=0)

@@ -127,7 +127,8 @@ def _check_axes(config, model, mesh, given) -> None:
             )
     if config.sharding == "pmap" and (jax.process_count() > 1 or mesh.shape.get("data", 1) != mesh.size):
         raise ConfigError(f"{given}pmap is data parallel in one process; take the mesh 'data=-1', or sharding='data'")
-    if config.sharding == "rules" and not named_axes(model.rules) & set(mesh.axis_names):
+    named = named_axes(model.rules) | named_axes(model.activations)
+    if config.sharding == "rules" and not named & set(mesh.axis_names):
         raise ConfigError(
             f"{given}the rules of the network {name!r} name none of the axes {', '.join(mesh.axis_names)}; those of "
             "this library's networks need 'fsdp', 'tensor' or both, as in config.mesh='data=2,fsdp=2,tensor=2'"
