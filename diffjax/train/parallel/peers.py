@@ -93,7 +93,7 @@ class Watch:
         until = time.monotonic() + SUSPECT_S + 3 * BEAT_S
         while time.monotonic() < until:
             try:
-                found = self.verdict() or self._judge(SUSPECT_S)
+                found = self.verdict() or self.judge(SUSPECT_S)
             except Exception:
                 found = self._unreachable()
             if found:
@@ -124,7 +124,7 @@ class Watch:
         while not self._over.wait(BEAT_S):
             try:
                 self._beat()
-                found = self.verdict() or (self._judge(SILENT_S) if self.index == 0 else None)
+                found = self.verdict() or (self.judge(SILENT_S) if self.index == 0 else None)
                 self._failed = None
             except Exception:
                 now = time.monotonic()
@@ -140,7 +140,7 @@ class Watch:
         text = f"{state} {time.monotonic():.3f}"
         self._client.key_value_set(f"{_BEATS}{self.index}", text, allow_overwrite=True)
 
-    def _judge(self, limit: float) -> Verdict | None:
+    def judge(self, limit: float) -> Verdict | None:
         """Compares what all processes say with what they said before; a process's own clock measures the silence."""
         now, steps = time.monotonic(), {}
         for key, text in self._client.key_value_dir_get(_BEATS):

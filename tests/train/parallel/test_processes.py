@@ -1,0 +1,204 @@
+"""Processes that meet or do not meet, agree or differ, fall silent or get stuck."""
+
+import socket
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from diffjax.train.errors import RESUME, ConfigError
+from diffjax.train.parallel import peers, processes
+from diffjax.train.parallel.cluster import Cluster
+from diffjax.train.parallel.peers import BEAT_S, SILENT_S, Verdict, Watch
+
+# Joins, compares `facts`, and says how it went.
+SCRIPT = """
+import os, sys
+from diffjax.train.errors import ConfigError
+from diffjax.train.parallel import cluster, processes
+address, count, index, fact = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+describe = lambda error: (2 if isinstance(error, ConfigError) else 1, str(error))
+found = cluster.find({}, coordinator=address, num_processes=count, process_id=index)
+try:
+    with processes.joined(found, describe, timeout_s=4) as watch:
+        processes.agree("facts", {"lr": fact, "seed": 0}, "start all alike")
+        processes.agree("facts", {"again": 1}, "start all alike")
+        print("agreed", watch.name(), processes.is_first())
+        if fact == "fails":
+            raise OSError("no space left")
+except ConfigError as error:
+    sys.stderr.write(str(error))
+    sys.exit(2)
+"""
+CASES = {
+    "alike": [(2, 0, "0.1"), (2, 1, "0.1")],
+    "fails": [(2, 0, "fails"), (2, 1, "fails")],
+    "differ": [(3, 0, "0.1"), (3, 1, "0.1"), (3, 2, "0.2")],
+    "nobody": [(2, 1, "")],
+    "missing": [(2, 0, "")],
+    "twice": [(3, 0, ""), (3, 1, ""), (3, 1, "")],
+    "busy": [(2, 0, "")],
+}
+
+
+@pytest.fixture(scope="module")
+def ended():
+    """`{case: [(exit code, stdout, stderr) of each process]}`; all cases run at once."""
+    taken = socket.create_server(("", 0))
+    running = {}
+    for case, members in CASES.items():
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = (taken if case == "busy" else free).getsockname()[1]
+        for count, index, fact in members:
+            command = [sys.executable, "-c", SCRIPT, f"127.0.0.1:{port}", str(count), str(index), fact]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            running.setdefault(case, []).append(process)
+    found = {}
+    for case, members in running.items():
+        outputs = [process.communicate(timeout=120) for process in members]
+        found[case] = [(process.returncode, *texts) for process, texts in zip(members, outputs, strict=True)]
+    taken.close()
+    return found
+
+
+def test_processes_that_were_started_alike_agree(ended):
+    assert [(code, out.strip()) for code, out, _ in ended["alike"]] == [
+        (0, "agreed process 0 of 2 True"),
+        (0, "agreed process 1 of 2 False"),
+    ]
+
+
+def test_a_difference_is_shown_by_all(ended):
+    for code, _, err in ended["differ"]:
+        assert code == 2
+        assert "processes 0 and 2 of 3 differ in the facts (lr: 0.1 | 0.2); start all alike" in err
+
+
+def test_an_error_ends_all_with_its_code(ended):
+    for index, (code, _, err) in enumerate(ended["fails"]):
+        assert code == 1
+        assert f"diffjax: process {index} of 2" in err and "no space left" in err
+
+
+@pytest.mark.parametrize(
+    "case, member, words",
+    [
+        ("nobody", 0, "nothing answers at the coordinator 127.0.0.1:"),
+        ("missing", 0, "within 4 s; see that all were started"),
+        ("busy", 0, "cannot listen on port"),
+    ],
+)
+def test_who_cannot_join_says_why(ended, case, member, words):
+    code, _, err = ended[case][member]
+    assert code == 2
+    assert words in err.splitlines()[-1]
+
+
+def test_two_with_one_id_are_told(ended):
+    assert [code for code, _, _ in ended["twice"]] == [2, 2, 2]
+    assert sum("no two processes have the same id" in err for _, _, err in ended["twice"]) == 1
+
+
+def test_alone_there_is_nothing_to_join():
+    assert processes.join(None) is None
+    processes.agree("facts", {"a": 1}, "")
+    assert processes.is_first()
+    with processes.joined(None, None) as watch:
+        assert watch is None
+    with pytest.raises(OSError, match="mine"), processes.joined(None, None):
+        raise OSError("mine")
+
+
+def test_a_port_that_is_taken_is_found_before_jax_is_asked():
+    with socket.create_server(("", 0)) as taken:
+        cluster = Cluster("flags", f"127.0.0.1:{taken.getsockname()[1]}", 2, 0)
+        with pytest.raises(ConfigError, match="another port in --coordinator"):
+            processes.join(cluster)
+
+
+class Store(dict):
+    """What a watch asks of JAX's client, in one process."""
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        if key in self and not allow_overwrite:
+            raise RuntimeError("ALREADY_EXISTS")
+        self[key] = value
+
+    def key_value_dir_get(self, key):
+        return [(k, v) for k, v in self.items() if k.startswith(key)]
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """`beat(*indices)` lets `BEAT_S` pass and these processes speak; `watches` of three processes."""
+    now, store = [0.0], Store()
+    monkeypatch.setattr(peers, "time", types.SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: None))
+    watches = [Watch(store, "127.0.0.1:1", i, 3, stall_s=100.0) for i in range(3)]
+
+    def beat(*indices):
+        now[0] += BEAT_S
+        for i in indices:
+            watches[i]._beat()
+        return watches[0].judge(SILENT_S)
+
+    beat(0, 1, 2)
+    return types.SimpleNamespace(beat=beat, watches=watches, beats=lambda seconds: range(int(seconds / BEAT_S)))
+
+
+def test_who_falls_silent_is_named(world):
+    for _ in world.beats(SILENT_S):
+        assert world.beat(0, 1) is None
+    found = world.beat(0, 1)
+    assert found.code == RESUME and "process 2 of 3 died or lost the network" in found.text
+
+
+def test_who_has_finished_is_not_missed(world):
+    world.watches[2].finish()
+    assert all(world.beat(0, 1) is None for _ in world.beats(3 * SILENT_S))
+
+
+def test_who_is_stuck_is_named(world):
+    for _ in range(40):
+        # No step for long, as in a compilation: only a run that has begun can be stuck.
+        assert world.beat(0, 1, 2) is None
+    for watch, step in zip(world.watches, (8, 7, 8), strict=True):
+        watch.step(step)
+    found = [world.beat(0, 1, 2) for _ in world.beats(100 + 2 * BEAT_S)]
+    assert found[0] is None and found[-1].code == RESUME
+    assert "no step for" in found[-1].text and "process 1 behind at step 7, the others at 8" in found[-1].text
+
+
+def test_the_first_verdict_counts(world):
+    first, second = Verdict(1, "disk full"), Verdict(RESUME, "lost")
+    assert world.watches[1].verdict() is None
+    assert world.watches[1].announce(first) == first
+    assert world.watches[2].announce(second) == first
+    assert world.watches[0].explain() == first
+
+
+def test_a_single_process_reads_all_rows():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    assert processes.input_share(NamedSharding(mesh, P("data")), 16) == (0, 1)
+
+
+class Places:
+    """A sharding of which this process holds the given rows."""
+
+    def __init__(self, *spans):
+        self.spans = spans
+
+    def addressable_devices_indices_map(self, shape):
+        return {i: (slice(*span),) for i, span in enumerate(self.spans)}
+
+
+def test_rows_of_a_process():
+    assert processes.input_share(Places((8, 12), (12, 16)), 16) == (1, 2)
+    assert processes.input_share(Places((4, 8), (4, 8)), 16) == (1, 4)  # tensor parallel over both devices
+    assert processes.input_share(Places((0, None), (0, None)), 16) == (0, 1)
+    for scattered in (Places((0, 4), (8, 12)), Places((4, 12))):
+        with pytest.raises(ConfigError, match="scatters the rows of a batch of 16"):
+            processes.input_share(scattered, 16)
