@@ -142,6 +142,7 @@ def train(
         checkpoints.reserve(state)
         terminal.write_texts(step, {"note": "compiling the training step ..."})
         step_fn, empty = compile_step(config, parts, mesh, state_sharding)
+        processes.meet("compiled")
         picture = preview(config, parts) if preview and config.sample_every else None
         flops = functools.cache(lambda: step_flops(config, parts).model)
         session = Session(

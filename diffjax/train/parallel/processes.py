@@ -28,6 +28,7 @@ from diffjax.train.parallel.peers import STALL_S, Verdict, Watch, catch_abort, r
 from diffjax.train.stopping import caught_signals
 
 JOIN_S = 300
+MEET_S = 3600
 USAGE_ERROR = 2  # the exit code of `diffjax` for what was asked wrongly
 # Later than our own limit, which names the process; this one is for what Python can no longer see.
 _HEARTBEAT_S = 90
@@ -137,7 +138,7 @@ def agree(name: str, facts: Mapping[str, Any], advice: str) -> None:
     folder = f"diffjax/agree/{name}/{call}"
     client.key_value_set(f"{folder}/digest/{index}", hashlib.sha256(mine.encode()).hexdigest())
     client.key_value_set(f"{folder}/facts/{index}", mine)
-    client.wait_at_barrier(f"{folder}/barrier", JOIN_S * 1000)
+    client.wait_at_barrier(f"{folder}/barrier", MEET_S * 1000)
     digests = {int(key.rpartition("/")[2]): value for key, value in client.key_value_dir_get(f"{folder}/digest/")}
     other = next((i for i in sorted(digests) if digests[i] != digests[0]), None)
     if other is None:
@@ -148,6 +149,19 @@ def agree(name: str, facts: Mapping[str, Any], advice: str) -> None:
     keys = [key for key in sorted({**first, **second}) if first.get(key, absent) != second.get(key, absent)]
     shown = "; ".join(f"{key}: {first.get(key, absent)} | {second.get(key, absent)}" for key in keys[:8])
     raise ConfigError(f"processes 0 and {other} of {count} differ in the {name} ({shown}); {advice}")
+
+
+def meet(name: str, *, timeout_s: int = MEET_S) -> None:
+    """Returns when every process has come here; does nothing for a single process.
+
+    After whatever may take one process longer than another, such as a compilation that one of them has in its cache: the
+    first collective between two processes fails if one comes half a minute after the other.
+    """
+    client, index = distributed.global_state.client, jax_index()
+    if client is None or jax_count() == 1:
+        return
+    call = client.key_value_increment(f"diffjax/meet/{name}/calls/{index}", 1)
+    client.wait_at_barrier(f"diffjax/meet/{name}/{call}", timeout_s * 1000)
 
 
 @contextlib.contextmanager
