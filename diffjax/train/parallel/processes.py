@@ -154,7 +154,7 @@ def agree(name: str, facts: Mapping[str, Any], advice: str) -> None:
 def meet(name: str, *, timeout_s: int = MEET_S) -> None:
     """Returns when every process has come here; does nothing for a single process.
 
-    After whatever may take one process longer than another, such as a compilation that one of them has in its cache: the
+    After whatever may take one process longer than another, such as a compilation that another one has cached: the
     first collective between two processes fails if one comes half a minute after the other.
     """
     client, index = distributed.global_state.client, jax_index()
