@@ -77,19 +77,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/dit_12b.py")
     parser.add_argument("--accelerator", default="tpu_v5p")
-    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="only these; other rows are kept")
     parser.add_argument("--draw", action="store_true", help="only draw what the file holds")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "plan_scaling.json")
     parser.add_argument("--image", type=Path, default=HERE.parent / "docs" / "images" / "plan_scaling.png")
     arguments = parser.parse_args()
     if not arguments.draw:
+        kept = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+        rows = {row["devices"]: row for row in kept}
+        rows |= {row["devices"]: row for row in measure(arguments.config, arguments.accelerator, arguments.sizes)}
         report = {
             "command": "python benchmarks/plan_scaling.py",
             "config": arguments.config,
             "accelerator": arguments.accelerator,
             "batch_size": int(configs.fill(configs.load(arguments.config)).batch_size),
             "versions": {"python": platform.python_version(), "jax": jax.__version__, "diffjax": dj.__version__},
-            "rows": measure(arguments.config, arguments.accelerator, arguments.sizes),
+            "rows": [rows[n] for n in sorted(rows)],
         }
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     draw(json.loads(arguments.out.read_text()), arguments.image)

@@ -21,33 +21,38 @@ class Net:
     def __init__(self, arrays, model, shape):
         self.model, self.shape, self.p = model, shape, {}
         for name, array in arrays.items():
-            self.p[name] = torch.nn.Parameter(self.converted(name, torch.from_numpy(np.ascontiguousarray(array))))
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            # One parameter a block: the gradient of a slice of a stack would be a stack of zeros.
+            first, _, rest = name.partition("/")
+            parts = {f"blocks/{i}/{rest}": t for i, t in enumerate(tensor)} if first == "blocks" else {name: tensor}
+            for key, part in parts.items():
+                self.p[key] = torch.nn.Parameter(self.converted(key, part))
+        if model["name"] == "dit":
+            self.places = self.positions(*(side // model["patch"] for side in shape[:2]), model["width"])
 
     @staticmethod
     def converted(name, tensor):
-        if name.endswith("kernel"):
-            stacked = name.startswith("blocks/")
-            if tensor.ndim == 4 and not stacked:
-                return tensor.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
-            return tensor.transpose(-1, -2).contiguous()
-        return tensor.clone()
+        if not name.endswith("kernel"):
+            return tensor.clone()
+        if tensor.ndim == 4:
+            return tensor.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+        return tensor.T.contiguous()
 
-    def linear(self, name, x, layer=None):
-        w, b = self.p[name + "/kernel"], self.p[name + "/bias"]
-        return F.linear(x, w, b) if layer is None else F.linear(x, w[layer], b[layer])
+    def linear(self, name, x):
+        return F.linear(x, self.p[name + "/kernel"], self.p[name + "/bias"])
 
     def cond(self, t, y, waves):
         half = waves // 2
-        phase = 1000 * t[:, None] * torch.exp(-math.log(10_000.0) * torch.arange(half) / half)
+        phase = 1000 * t[:, None] * torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device) / half)
         h = self.linear("cond/hidden", torch.cat([phase.cos(), phase.sin()], -1))
         h = self.linear("cond/out", F.silu(h)) + F.embedding(y, self.p["cond/label/embedding"])
         return F.silu(h)
 
-    def attention(self, name, x, heads, layer=None):
+    def attention(self, name, x, heads):
         b, t, c = x.shape
-        qkv = self.linear(name + "/qkv", x, layer).view(b, t, 3, heads, c // heads).permute(2, 0, 3, 1, 4)
+        qkv = self.linear(name + "/qkv", x).view(b, t, 3, heads, c // heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        return self.linear(name + "/out", mixed.transpose(1, 2).reshape(b, t, c), layer)
+        return self.linear(name + "/out", mixed.transpose(1, 2).reshape(b, t, c))
 
     def dit(self, x, t, y):
         m, (b, h, w, c) = self.model, x.shape
@@ -55,14 +60,14 @@ class Net:
         rows, columns = h // patch, w // patch
         cond = self.cond(t, y, 256)
         tokens = x.reshape(b, rows, patch, columns, patch, c).permute(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, -1)
-        z = self.linear("inp", tokens) + self.positions(rows, columns, width)
+        z = self.linear("inp", tokens) + self.places
         norm = lambda z, shift, scale: F.layer_norm(z, (width,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-        for i in range(m["depth"]):
-            shift, scale, gate = self.linear("blocks/modulation", cond, i).chunk(3, -1)
-            z = z + gate[:, None] * self.attention("blocks/attention", norm(z, shift, scale), heads, i)
-            shift, scale, gate = self.linear("blocks/mlp/modulation", cond, i).chunk(3, -1)
-            hidden = F.gelu(self.linear("blocks/mlp/up", norm(z, shift, scale), i), approximate="tanh")
-            z = z + gate[:, None] * self.linear("blocks/mlp/down", hidden, i)
+        for block in (f"blocks/{i}" for i in range(m["depth"])):
+            shift, scale, gate = self.linear(block + "/modulation", cond).chunk(3, -1)
+            z = z + gate[:, None] * self.attention(block + "/attention", norm(z, shift, scale), heads)
+            shift, scale, gate = self.linear(block + "/mlp/modulation", cond).chunk(3, -1)
+            hidden = F.gelu(self.linear(block + "/mlp/up", norm(z, shift, scale)), approximate="tanh")
+            z = z + gate[:, None] * self.linear(block + "/mlp/down", hidden)
         shift, scale = self.linear("modulation", cond).chunk(2, -1)
         out = self.linear("out", norm(z, shift, scale))
         return out.reshape(b, rows, columns, patch, patch, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
@@ -134,7 +139,7 @@ class Training:
     def __init__(self, job):
         arrays = np.load(job["file"])
         held = {name[6:]: arrays[name] for name in arrays.files if name.startswith("param:")}
-        self.net = Net(held, job["model"], tuple(job["shape"]))
+        self.net = Net(held, job["model"], tuple(job["shape"][1:]))
         self.image, self.label = torch.from_numpy(arrays["image"]), torch.from_numpy(arrays["label"]).long()
         self.fixed = [torch.from_numpy(arrays[name]) for name in ("x", "t")]
         self.params = list(self.net.p.values())
