@@ -130,7 +130,7 @@ def test_two_processes_train_what_one_does(tmp_path, mode):
     assert rows == []
 
 
-LONG = {"num_steps": 400}
+LONG = {"num_steps": 200}
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_process_that_dies_or_freezes_stops_the_other(tmp_path, undisturbed, v
         (line,) = run.said(1 - victim)
         assert f"process {1 - victim} of 2: process {victim}" in line or "one of the 2 processes" in line
         assert "start all of them again" in line
-    assert max(saved(workdir)) < 400
+    assert max(saved(workdir)) < 200
     finish(workdir, **LONG)
     assert_same_bits(workdir, undisturbed)
     assert losses(workdir) == losses(undisturbed)
@@ -169,8 +169,8 @@ def test_a_signal_to_one_saves_and_stops_all_at_one_step(tmp_path, undisturbed, 
         run.all[1].send_signal(number)
         assert run.wait(60) == [RESUME, RESUME]
         step = max(saved(workdir))
-        assert 40 < step < 400
-        assert f"SIGTERM: saved step {step} of 400" in run.logs[0].read_text()
+        assert 40 < step < 200
+        assert f"SIGTERM: saved step {step} of 200" in run.logs[0].read_text()
     finish(workdir, **LONG)
     assert_same_bits(workdir, undisturbed)
 
@@ -213,3 +213,23 @@ def test_numbers_that_are_not_finite_stop_both_alike(tmp_path):
         lines = [run.said(i)[0].partition(": step ")[2] for i in range(2)]
         assert "not finite" in lines[0]
         assert lines[0] == lines[1]
+
+
+@pytest.mark.faults
+def test_the_launcher_of_one_machine_brings_a_killed_process_back(tmp_path, undisturbed):
+    workdir = tmp_path / "run"
+    environ = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "PROCESSES": "2", "PAUSE": "1"}
+    environ["DIFFJAX"] = f"{sys.executable} -m diffjax"
+    flags = [f"--config.{key}={value}" for key, value in (SETTINGS | LONG).items()]
+    script = ROOT / "experiments" / "launch" / "local.sh"
+    command = ["bash", script, "train", "--config=configs/digits_mlp.py", f"--workdir={workdir}", *flags]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=ROOT, env=environ, stderr=log) as launcher:
+        until = time.monotonic() + 200
+        while not any(step >= 40 for step in saved(workdir)):
+            assert launcher.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert launcher.wait(400) == 0
+    assert "local.sh: ended with 75 137; starting again (1 of 100)" in (tmp_path / "log").read_text()
+    assert_same_bits(workdir, undisturbed)
