@@ -253,6 +253,14 @@ def evaluate(arguments, overrides) -> int:
     workdir = required(arguments, "workdir", "runs/digits")
     names = ("ema", "step", "num_samples", "seeds", "seed", "solver", "steps", "spacing", "guidance", "interval", "out")
     options = run_settings(workdir, overrides, ("sample", "eval")) | _given(arguments, *names)
+    if arguments.samples:
+        others = [f"--{name}" for name in options if name != "out"] + ["--quick"] * arguments.quick
+        if others:
+            raise UsageError(f"eval: --samples=DIR judges what is there, so {others[0]} has no meaning beside it")
+        from diffjax.pipelines.evaluate import evaluate_samples
+
+        evaluate_samples(workdir, arguments.samples, **options)
+        return 0
     options["quick"] = arguments.quick
     with together(arguments) as peers:
         if peers and peers.index:
@@ -270,10 +278,11 @@ def sample(arguments, overrides) -> int:
     workdir = required(arguments, "workdir", "runs/digits")
     names = ("ema", "step", "classes", "seeds", "solver", "steps", "spacing", "guidance", "interval", "out")
     options = run_settings(workdir, overrides, ("sample",)) | _given(arguments, *names)
+    bulk = _given(arguments, "seed", "labels", "shard_size", "batch_size", "part")
     if arguments.num is not None:
-        if "seeds" in options:
-            raise UsageError("sample: --num and --seeds exclude each other; --num=4 is --seeds=0,1,2,3")
-        options["seeds"] = tuple(range(arguments.num))
+        return sample_many(arguments, options | bulk)
+    if bulk:
+        raise UsageError(f"sample: --{next(iter(bulk))} belongs to --num=N, which draws N samples into a folder")
     with together(arguments) as peers:
         if peers and peers.index:
             return 0  # The first process samples alone; leaving the block waits for it.
@@ -282,6 +291,21 @@ def sample(arguments, overrides) -> int:
 
         use_compile_cache()
         generate(workdir, **options)
+    return 0
+
+
+def sample_many(arguments, options: dict) -> int:
+    """`diffjax sample --num`: every process draws a part of its own and waits for no other."""
+    if "seeds" in options:
+        raise UsageError("sample: --num and --seeds exclude each other; --num=100 has the seeds 0 to 99, see --seed")
+    if options.get("out", "").endswith((".png", ".npz")):
+        raise UsageError(f"sample: --num writes a folder, but --out={options['out']} is a file; --seeds writes one")
+    from diffjax.pipelines.bulk import place, sample_many
+    from diffjax.train.setup import use_compile_cache
+
+    options.setdefault("part", place(os.environ))
+    use_compile_cache()
+    sample_many(arguments.workdir, arguments.num, **options)
     return 0
 
 
@@ -385,6 +409,15 @@ _PROCESSES = (
     ("--join_timeout", dict(type=int, default=300, metavar="S", help="seconds to wait for the others; default 300")),
     ("--stall_timeout", dict(type=float, default=1800, metavar="S", help="stop all after so long without a step")),
 )
+def _part(text):
+    index, _, count = text.partition("/")
+    return int(index), int(count)
+
+
+# What argparse calls the type in its message.
+_part.__name__ = "I/N"
+
+
 _SAMPLING = (
     ("--solver", dict(metavar="SPEC", help="such as 'heun()' or 'ddim(eta=1.0)'; default the config's")),
     ("--steps", dict(type=int, metavar="N", help="steps of the solver")),
@@ -416,6 +449,7 @@ COMMANDS = {
             ("--num_samples", dict(type=int, metavar="N", help="samples to draw for each seed")),
             ("--seeds", dict(type=int, metavar="N", help="repetitions with other noise")),
             ("--seed", dict(type=int, metavar="S", help="seed of the first repetition; default 0")),
+            ("--samples", dict(metavar="DIR", help="judge samples of `diffjax sample --num`, draw none")),
             ("--quick", dict(action="store_true", help="leave out the sweeps over guidance and steps")),
             *_SAMPLING,
             _STEP,
@@ -428,13 +462,19 @@ COMMANDS = {
         "draw samples from a trained model",
         (
             "diffjax sample --workdir=runs/digits --classes=0,1,2 --seeds=0,1",
-            "diffjax sample --workdir=runs/digits --num=8 --guidance=1.5 --out=eights.png --classes=8",
+            "diffjax sample --workdir=runs/digits --seeds=0,1,2 --guidance=1.5 --out=eights.png --classes=8",
+            "diffjax sample --workdir=runs/digits --num=50000 --out=runs/digits/samples-50000",
         ),
         (
             _WORKDIR,
             ("--classes", dict(type=_numbers(int), metavar="C,C", help="labels; default every class")),
             ("--seeds", dict(type=_numbers(int), metavar="S,S", help="one sample of each class for each seed")),
-            ("--num", dict(type=int, metavar="N", help="samples per class, with seeds 0 to N - 1")),
+            ("--num", dict(type=int, metavar="N", help="N samples in all, in a folder of shards; resumable")),
+            ("--seed", dict(type=int, metavar="S", help="with --num: seed of the first sample; default 0")),
+            ("--labels", dict(choices=("balanced", "random"), help="with --num: classes in turn, or drawn")),
+            ("--shard_size", dict(type=int, metavar="N", help="with --num: samples in a file; default 1000")),
+            ("--batch_size", dict(type=int, metavar="N", help="with --num: samples in a call, on each device")),
+            ("--part", dict(type=_part, metavar="I/N", help="with --num: every N-th shard from I on")),
             *_SAMPLING,
             _EMA,
             _STEP,

@@ -39,6 +39,8 @@ SCALES = (0.0, 1.0, 1.5, 2.0, 4.0)
 GUIDANCE_STEPS = 10
 # Seeds of two repetitions never meet.
 SEED_STRIDE = 1_000_000
+# Samples up to which metrics that compare every pair of them are taken.
+MANY = 5000
 
 
 def evaluate(
@@ -119,10 +121,44 @@ def evaluate(
     return report
 
 
-def scored(run, judge: Judge, settings: Settings, drawn: list[Samples]) -> dict:
+def evaluate_samples(
+    workdir: str | os.PathLike, samples: str | os.PathLike, *, out: str | os.PathLike | None = None
+) -> dict:
+    """Judges the samples in the folder of `diffjax sample --num`, drawn from any checkpoint of the run in `workdir`.
+
+    As `evaluate` without drawing: `report.json`, `grid.png` and `neighbours.png` go into `samples/eval`. Of more than
+    `MANY` samples only Frechet distances and accuracy are taken; the rest compares every pair.
+
+    Raises:
+      ValueError: if shards are missing or damaged, or of other data.
+    """
+    from diffjax.pipelines.bulk import read_samples
+    from diffjax.train.state import load_run
+
+    begun, run = time.perf_counter(), load_run(os.fspath(workdir))
+    drawn, index = read_samples(samples, run)
+    folder = Path(out) if out is not None else Path(samples) / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    judge, few = judges.judge_of(run), len(drawn.labels) <= MANY
+    about = facts(run, drawn.settings, [drawn], ema=index["ema"], seed=index["seed"])
+    about |= {"step": index["step"], "params_sha256": index["params_sha256"], "sampling_seconds": []}
+    report = about | scored(run, judge, drawn.settings, [drawn], judges.score if few else judges.brief)
+    report["rows"] |= named(judges.rows(judge))
+    if not few:
+        report["notes"].append(f"of more than {MANY} samples only Frechet distances and accuracy are taken")
+    shared = dict(num_classes=run.dataset.num_classes, max_value=largest_pixel(run.dataset))
+    reports.draw_grid(folder, drawn, note=describe(drawn.settings, drawn.cost), **shared)
+    reports.draw_neighbours(folder, drawn, judge.train, judge.heldout, **shared)
+    report["seconds"] = {"all": round(time.perf_counter() - begun, 2)}
+    write_json(folder / "report.json", report)
+    sys.stdout.write(summary(report, folder))
+    return report
+
+
+def scored(run, judge: Judge, settings: Settings, drawn: list[Samples], score: Callable = judges.score) -> dict:
     """The part of the report that judges the main samples: rows, each seed, floor and notes."""
     asked = drawn[0].labels if run.dataset.num_classes else None
-    scores = [judges.score(judge, samples.images, asked) for samples in drawn]
+    scores = [score(judge, samples.images, asked) for samples in drawn]
     return {
         "rows": ours(settings, drawn[0], scores),
         "each_seed": scores,
@@ -347,14 +383,14 @@ def summary(report: dict, folder: Path) -> str:
     title = f"{report['num_samples']} samples of {report['data']}, compared with the held-out images"
     floor, metric = report["floor"], report["floor"]["metric"]
     value = next(iter(report["rows"].values()))[metric]
-    spent, seconds = report["cost"], report["sampling_seconds"][0]
+    spent, seconds = report["cost"], "".join(f"; {each:.1f} s for all" for each in report["sampling_seconds"][:1])
     lines = [
         reports.table(report["rows"], title=title),
         *(f"note: {note}" for note in report["notes"]),
         f"{reports.SHOWN[metric][0]} is {value / floor['mean']:.2f} times the halves floor {floor['mean']:.3f} +- "
         f"{floor['std']:.3f}: the distance of two random halves of the real images, over ten halvings",
         "(the split floor in the table is one such halving, the one that the model was trained on)",
-        f"{spent['steps']} steps, {spent['evaluations']} network evaluations per sample (NFE); {seconds:.1f} s for all",
+        f"{spent['steps']} steps, {spent['evaluations']} network evaluations per sample (NFE){seconds}",
     ]
     if "heldout" in report:
         found = report["heldout"]
