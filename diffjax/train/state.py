@@ -97,7 +97,7 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
       workdir: what `diffjax train --workdir` was given.
       ema: which average, one of `config.ema`; `"raw"` for the parameters themselves; `"schedule_free"` for those that
         such an optimiser evaluates; `"posthoc(std=0.07)"` for a power-function average that was not tracked, rebuilt
-        from the run's `ema_snapshots` for any step up to the last of them. Default the first average, else
+        from the run's `ema_snapshots`, for the step of any of them. Default the first average, else
         `"schedule_free"`, else `"raw"`.
       step: which checkpoint; default the newest readable one. `"best"` is the one with the lowest mean training loss
         since the checkpoint before it, of the raw parameters as they were trained: not of the average, nor on held-out

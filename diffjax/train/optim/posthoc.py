@@ -74,21 +74,21 @@ def reconstruct(snapshots: Any, stds: dict[str, float], std: float, step: int | 
       snapshots: the checkpoints of `snapshots.open_snapshots`.
       stds: `{spec: std}` of the averages in each snapshot that may be used; the leaves of one are under `ema/spec`.
       std: wanted width, relative to `step`.
-      step: None for that of the last snapshot.
+      step: of a snapshot, as the profile ends there at its highest; None for the last.
 
     Raises:
-      ValueError: if there are no snapshots up to `step`, `std` is out of range, or the nearest combination is further
+      ValueError: if there is no snapshot of `step`, `std` is out of range, or the nearest combination is further
         off than `LARGEST_ERROR` of the profile, as happens for averages much shorter than those stored.
     """
     saved = snapshots.steps()
     at = saved[-1] if saved and step is None else step
-    if not saved or not 0 < at <= saved[-1]:
+    if at not in saved:
+        near = f"; the nearest is {min(saved, key=lambda s: abs(s - at))}" if saved else ""
         raise ValueError(
-            f"posthoc step {at}: {snapshots.directory} has snapshots of {_range(saved)}; give a step up to the last, "
-            "and train with config.ema_snapshots=N to have them"
+            f"posthoc step {at}: {snapshots.directory} has snapshots of {_range(saved)}{near}; config.ema_snapshots=N "
+            "takes one every N steps of the training"
         )
-    # What lies after `at` is needed only as far as it holds steps that no snapshot up to `at` has seen.
-    pairs = [(s, spec) for s in saved if s < at or s == min(s for s in saved if s >= at) for spec in stds]
+    pairs = [(s, spec) for s in saved if s <= at for spec in stds]
     weights, error = coefficients([s for s, _ in pairs], [gamma_of(stds[p]) for _, p in pairs], at, gamma_of(std))
     if error > LARGEST_ERROR:
         kept = ", ".join(f"{value:g}" for value in stds.values())
@@ -104,7 +104,8 @@ def reconstruct(snapshots: Any, stds: dict[str, float], std: float, step: int | 
             _, part = snapshots.restore_part(f"ema/{spec}", when)
         except CheckpointError as damaged:
             log.warning("%s; going on without that snapshot", damaged)
-            return reconstruct(_Without(snapshots, when), stds, std, at)
+            left = _Without(snapshots, when)
+            return reconstruct(left, stds, std, at if when != at or step is not None else None)
         wide = jax.tree.map(lambda leaf, w=weight: w * np.asarray(leaf, np.float64), part)
         total = wide if total is None else jax.tree.map(np.add, total, wide)
     return at, jax.tree.map(lambda leaf: leaf.astype(np.float32), total)

@@ -90,5 +90,5 @@ def rebuild(workdir: str, specs, spec: str, step: int | None = None) -> tuple[in
     if args or set(settings) != {"std"} or not isinstance(settings["std"], (int, float)):
         raise ValueError(f"ema {spec!r}: expected its width relative to the training, as in 'posthoc(std=0.07)'")
     if isinstance(step, str):
-        raise ValueError(f"ema {spec!r} at step {step!r}: give a number; any step up to the last snapshot will do")
+        raise ValueError(f"ema {spec!r} at step {step!r}: give the number of a snapshot's step")
     return reconstruct(open_snapshots(workdir), tracked(specs), float(settings["std"]), step)
