@@ -105,7 +105,9 @@ def assemble(config: ConfigDict) -> Parts:
             f"config.batch_size is {config.batch_size}; it must be at most the {len(dataset.train)} training items"
             + FIX.format(path="config.batch_size")
         )
-    network = partial(network_of, objective, shape=dataset.shape, num_classes=dataset.num_classes)
+    facts = dict(shape=dataset.shape, num_classes=dataset.num_classes)
+    facts |= dict(shapes=dataset.shapes) if len(dataset.shapes) > 1 else {}
+    network = partial(network_of, objective, **facts)
     with naming("config.model"):
         model = network(dict(config.model))
     with naming("config.optim"):
@@ -159,8 +161,23 @@ def _check_sampling(config, schedule, head):
 
 
 def _check_model(config, model, dataset, optimizer):
-    """Traces parameters, network and optimiser at the batch's shape: whatever cannot fit together fails here."""
-    shape = (config.batch_size, *dataset.shape)
+    """Traces parameters, network and optimiser at the batch's shapes: whatever cannot fit together fails here."""
+    for other in dataset.shapes[1:]:
+        try:
+            _trace(config, model, dataset, other)
+        except Exception as error:
+            raise ConfigError(
+                f"config.data has batches of {len(dataset.shapes)} shapes, and config.model cannot take {other}: "
+                f"{error}; choose buckets whose sides it divides, a network such as 'dit' or 'unet', or no buckets"
+            ) from error
+    params = _trace(config, model, dataset, dataset.shape)
+    with naming("config.optim"):
+        jax.eval_shape(optimizer.init, params)
+
+
+def _trace(config, model, dataset, image_shape):
+    """The abstract parameters of the network, applied to a batch of images of one shape."""
+    shape = (config.batch_size, *image_shape)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     t = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
     y = jax.ShapeDtypeStruct(shape[:1], jnp.int32) if dataset.num_classes else None
@@ -174,5 +191,4 @@ def _check_model(config, model, dataset, optimizer):
         params, out = jax.eval_shape(trace, jax.eval_shape(lambda: jax.random.key(0)), x, t, y)
         if out.shape != shape:
             raise ValueError(f"the network maps {shape} to {out.shape}; it must return the shape of x")
-    with naming("config.optim"):
-        jax.eval_shape(optimizer.init, params)
+    return params

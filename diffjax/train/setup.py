@@ -39,17 +39,19 @@ def first_state(config, parts: Parts, checkpoints, iterator, state_sharding) -> 
 def compile_step(config, parts: Parts, mesh, state_sharding):
     """The compiled `(state, window, batch) -> (state, window)`, which consumes its state and window, and a maker of
     empty windows."""
-    compiled = lower_step(config, parts, mesh, state_sharding).compile()
+    compiled = {s: lower_step(config, parts, mesh, state_sharding, s).compile() for s in parts.dataset.shapes}
     blank = guard.guarded(config.guard, steps.empty_window(parts.dataset.num_classes, parts.objective.terms))
     everywhere = sharding.replicated(mesh)
-    step_fn = compiled
-    if config.sharding == "pmap":
-        step_fn = lambda state, window, batch: compiled(state, window, pmap.split(batch, mesh.size))
+    step_fn = compiled[parts.dataset.shape]
+    if config.sharding == "pmap" or len(compiled) > 1:
+        split = (lambda batch: pmap.split(batch, mesh.size)) if config.sharding == "pmap" else (lambda batch: batch)
+        step_fn = lambda state, window, batch: compiled[batch["image"].shape[1:]](state, window, split(batch))
     return step_fn, lambda: jax.device_put(blank, everywhere)
 
 
-def lower_step(config, parts: Parts, mesh, state_sharding) -> jax.stages.Lowered:
-    """The step `(state, window, batch) -> (state, window)` lowered for the mesh, in the mode `config.sharding`.
+def lower_step(config, parts: Parts, mesh, state_sharding, shape=None) -> jax.stages.Lowered:
+    """The step `(state, window, batch) -> (state, window)` lowered for the mesh, in the mode `config.sharding`, for
+    images of `shape`, by default that of the data.
 
     Its `compile()` has XLA's memory analysis and the optimised HLO. In the mode `"pmap"` its batch is
     `[devices, B / devices, ...]`.
@@ -58,7 +60,7 @@ def lower_step(config, parts: Parts, mesh, state_sharding) -> jax.stages.Lowered
     gradient = _gradient(config, mesh, None if mapped else state_sharding.params)
     step = guard.with_window(config.guard, steps.make_train_step(parts, config, gradient))
     blank = guard.guarded(config.guard, steps.empty_window(parts.dataset.num_classes, parts.objective.terms))
-    inputs = abstract_state(parts), blank, abstract_batch(config, parts)
+    inputs = abstract_state(parts), blank, abstract_batch(config, parts, shape)
     if mapped:
         return pmap.lower(step, mesh, *inputs)
     everywhere = sharding.replicated(mesh)
@@ -87,10 +89,10 @@ def _gradient(config, mesh, param_sharding):
     return lambda loss_fn: accumulate.microbatches(loss_fn, **settings)
 
 
-def abstract_batch(config, parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a batch."""
+def abstract_batch(config, parts: Parts, shape=None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch, of images of `shape` or of the data's only or first one."""
     return {
-        "image": jax.ShapeDtypeStruct((config.batch_size, *parts.dataset.shape), jnp.float32),
+        "image": jax.ShapeDtypeStruct((config.batch_size, *(shape or parts.dataset.shape)), jnp.float32),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
 
