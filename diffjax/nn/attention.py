@@ -10,6 +10,20 @@ from diffjax.nn.norm import GroupNorm
 from diffjax.nn.taps import scope, tap
 
 
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None = None) -> jax.Array:
+    """`softmax(scale q k) v` of `q [B, T, N, d]` and `k, v [B, S, N, d]`: `[B, T, N, d]`, softmax in at least float32.
+
+    Args:
+      scale: None for `1 / sqrt(d)`.
+    """
+    if q.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(q, k, v, scale=scale)
+    # JAX's own takes the softmax in float32 of whatever it is given.
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = jax.nn.softmax(scale * jnp.einsum("btnd,bsnd->bnts", q, k))
+    return jnp.einsum("bnts,bsnd->btnd", weights, v)
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention of `x [B, T, C]` (Vaswani et al. 2017, arXiv:1706.03762), softmax in float32.
 
@@ -33,7 +47,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         qkv = self._project(x)
         q, k, v = (tap(name, qkv[:, :, i]) for i, name in enumerate("qkv"))
-        mixed = tap("mixed", jax.nn.dot_product_attention(q, k, v, scale=self.scale))
+        mixed = tap("mixed", attend(q, k, v, self.scale))
         return tap("out", self.out(mixed.reshape(x.shape)))
 
     def _project(self, x):

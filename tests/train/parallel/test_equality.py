@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from diffjax.train.parallel.accumulate import microbatches, whole
-
 SCRIPT = Path(__file__).with_name("equality.py")
 # SGD adds up what differs and amplifies nothing: sums in another order, 80 units in the last place at 1, for 10 steps.
 # Adam divides by the root of the second moment, so a gradient that is zero but for rounding moves its parameter by a
