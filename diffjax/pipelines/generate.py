@@ -163,6 +163,9 @@ def draw_samples(
 
 def largest_pixel(dataset) -> int:
     """The integer that stands for 1 in model space: 16 for digits, 255 for photographs."""
+    high = getattr(dataset.to_pixels, "high", None)
+    if high is not None:
+        return int(high)
     return int(np.max(dataset.to_pixels(np.ones((1, *dataset.shape), np.float32))))
 
 

@@ -238,6 +238,8 @@ def report(session: Session, clock: Clock, state: TrainState, step: int, window:
         session.iterator.note(float(window.loss) / int(window.steps))
     shown = steps.scalars(window) if window.steps else {}
     values = shown | guard.scalars(window) | {"lr": float(session.parts.lr(step - 1))} | timing | used
+    if session.iterator.bad:
+        values["bad_items"] = len(session.iterator.bad)
     session.writer.write_scalars(step, values)
 
 
