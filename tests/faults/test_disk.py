@@ -1,0 +1,203 @@
+"""A disk that is full, a folder that is read-only or gone: the run says so, and its last good checkpoint is left."""
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from diffjax.train import loop
+from diffjax.train.checkpoint import CheckpointError, open_checkpoints
+from diffjax.train.errors import WorkdirError
+from diffjax.train.survival.saving import Files
+
+USER = """
+import numpy as np
+import jax.numpy as jnp
+from diffjax.core import Model
+from diffjax.data import ArraySource, Dataset
+
+HOOK = [lambda number: None]
+SEEN = [0]
+
+def data():
+    images = np.random.default_rng(0).uniform(-1, 1, (64, 2, 2, 1)).astype(np.float32)
+    source = ArraySource(images, np.zeros(64, np.int32))
+    return Dataset(source, source, (2, 2, 1), 1, lambda x: x)
+
+def wide(*, shape, num_classes):
+    # A state of 2 MB, most of it along for the ride.
+    init = lambda key: {"out": {"b": jnp.zeros(shape)}, "rest": {"w": jnp.zeros((512, 256))}}
+    apply = lambda p, x, t, y, key=None: p["out"]["b"] + 0.0 * jnp.sum(p["rest"]["w"]) + 0.0 * x
+    return Model(init, apply, {})
+
+def hook():
+    def fn(batch, rng):
+        SEEN[0] += 1
+        HOOK[0](SEEN[0])
+        return batch
+    return fn
+"""
+MODULE = "user_of_test_disk"
+
+
+@pytest.fixture
+def during(tmp_path, monkeypatch):
+    """`during(fn)`: from then on `fn(n)` is called when batch n, counted from 1, is read."""
+    folder = tmp_path / "their_code"
+    folder.mkdir()
+    (folder / f"{MODULE}.py").write_text(textwrap.dedent(USER))
+    monkeypatch.syspath_prepend(folder)
+    sys.modules.pop(MODULE, None)
+    module = __import__(MODULE)
+
+    def set_hook(fn):
+        module.SEEN[0], module.HOOK[0] = 0, fn
+
+    return set_hook
+
+
+def train(workdir, stream=None, **changes):
+    base = dict(
+        data=f"{MODULE}:data()",
+        model=f"{MODULE}:wide",
+        augment=f"{MODULE}:hook()",
+        batch_size=16,
+        num_steps=12,
+        log_every=1,
+        checkpoint_every=3,
+        optim=dict(name="adam", lr=1e-2),
+        ema=("decay(0.9)",),
+    )
+    return loop.train(ConfigDict(base | changes), str(workdir), stream=stream or io.StringIO())
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of `size` bytes on `folder`; skips the test where it cannot be made."""
+    folder.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(options, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def saved(workdir, step):
+    """True, once the checkpoint of `step`, which is written in the background, is complete."""
+    deadline = time.monotonic() + 60
+    while not (workdir / "checkpoints" / str(step)).is_dir():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return True
+
+
+def same_as_undisturbed(workdir, other):
+    a, b = (open_checkpoints(folder / "checkpoints").restore_part("params") for folder in (workdir, other))
+    assert a[0] == b[0] == 12
+    np.testing.assert_array_equal(a[1]["out"]["b"], b[1]["out"]["b"])
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(tmp_path, during):
+    # Each checkpoint is 2 MB: three fit, while another is written, and a file that appears takes their place.
+    with small_disk(tmp_path / "disk", 12_000_000) as disk:
+        workdir, hog = disk / "run", disk / "hog"
+        during(lambda n: n == 5 and saved(workdir, 3) and hog.write_bytes(bytes(9_000_000)))
+        with pytest.raises(
+            CheckpointError, match=r"cannot write checkpoint .*No space left.*last good checkpoint is step 3"
+        ):
+            train(workdir)
+        assert open_checkpoints(workdir / "checkpoints").restore_part("params")[0] == 3
+        hog.unlink()
+        during(lambda n: None)
+        assert train(workdir).step == 12
+        during(lambda n: None)
+        train(tmp_path / "undisturbed")
+        same_as_undisturbed(workdir, tmp_path / "undisturbed")
+
+
+def test_a_full_disk_may_be_borne(tmp_path, during):
+    with small_disk(tmp_path / "disk", 12_000_000) as disk:
+        workdir, hog, stream = disk / "run", disk / "hog", io.StringIO()
+
+        def fill_then_free(n):
+            if n == 5 and saved(workdir, 3):
+                hog.write_bytes(bytes(9_000_000))
+            if n == 11:
+                hog.unlink()
+
+        during(fill_then_free)
+        assert train(workdir, stream, on_save_error="continue").step == 12
+        assert "cannot write checkpoint 6" in stream.getvalue() and "training goes on" in stream.getvalue()
+        during(lambda n: None)
+        train(tmp_path / "undisturbed")
+        same_as_undisturbed(workdir, tmp_path / "undisturbed")
+
+
+def test_a_vanished_workdir_stops_the_run_and_nothing_is_saved_into_its_place(tmp_path, during):
+    workdir = tmp_path / "run"
+    during(lambda n: n == 5 and saved(workdir, 3) and shutil.move(workdir, tmp_path / "moved"))
+    with pytest.raises(WorkdirError, match="is gone or no longer holds its config.json"):
+        train(workdir)
+    assert not workdir.exists()
+    assert open_checkpoints(tmp_path / "moved" / "checkpoints").steps() == [3]
+
+
+def test_a_vanished_workdir_may_come_back(tmp_path, during):
+    workdir, stream = tmp_path / "run", io.StringIO()
+
+    def away(n):
+        if n == 5 and saved(workdir, 3):
+            shutil.move(workdir, tmp_path / "moved")
+        if n == 8:
+            shutil.move(tmp_path / "moved", workdir)
+
+    during(away)
+    assert train(workdir, stream, on_save_error="continue").step == 12
+    assert stream.getvalue().count("is gone") >= 1
+    assert open_checkpoints(workdir / "checkpoints").steps()[-1] == 12
+
+
+def test_a_read_only_folder_stops_the_run(tmp_path, during):
+    with small_disk(tmp_path / "disk", 50_000_000) as disk:
+        command = lambda mode: ["mount", "-o", f"remount,{mode}", str(disk)]
+        # The metrics file is open for writing, which a remount would wait for; so checkpoints alone are on this disk.
+        workdir = tmp_path / "run"
+        workdir.mkdir()
+        (workdir / "checkpoints").symlink_to(disk)
+        during(lambda n: n == 5 and saved(workdir, 3) and subprocess.run(command("ro"), check=True))
+        with pytest.raises(
+            CheckpointError, match="cannot write checkpoint 6 .*Read-only.*last good checkpoint is step 3"
+        ):
+            train(workdir)
+        subprocess.run(command("rw"), check=True)
+        during(lambda n: None)
+        assert train(workdir).step == 12
+
+
+class Broken:
+    def __getattr__(self, name):
+        def fail(*args):
+            raise OSError(28, "No space left on device")
+
+        return fail
+
+
+def test_metrics_that_cannot_be_written_end_the_run_clearly_or_are_borne(caplog):
+    files = Files(lambda step: [Broken()], 0, "stop")
+    with pytest.raises(WorkdirError, match="cannot write the metrics with Broken: OSError.*No space left"):
+        files.write_scalars(1, {"loss": 1.0})
+    files = Files(lambda step: [Broken()], 0, "continue")
+    for step in range(3):
+        files.write_scalars(step, {"loss": 1.0})
+        files.flush()
+    assert len([r for r in caplog.records if "training goes on" in r.getMessage()]) == 1
