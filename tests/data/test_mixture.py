@@ -35,10 +35,10 @@ def test_every_epoch_holds_each_part_in_its_share_and_batches_do_so_in_expectati
         assert np.bincount(epoch).tolist() == [560, 160, 80]
     counts = np.array([np.bincount(b, minlength=3) for b in stream.reshape(400, 20)])
     for k, weight in enumerate(WEIGHTS):
-        # A batch is 20 of an epoch's 800 without replacement: hypergeometric, of variance 20 w (1 - w) (800 - 20) / 799.
-        # Its spread over 400 batches has a relative error of about 1 / sqrt(2 * 400) = 3.5 %, four of them 14 %.
+        # A batch is 20 of an epoch's 800 without replacement, so the count is hypergeometric, of variance
+        # 20 w (1 - w) (800 - 20) / 799. That of 400 batches has a relative standard error of sqrt(2 / 399) = 7.1 %.
         spread = 20 * weight * (1 - weight) * 780 / 799
-        assert abs(counts[:, k].var() / spread - 1) < 4 * 2 * 0.0354
+        assert abs(counts[:, k].var() / spread - 1) < 4 * 0.071
 
 
 def test_the_items_of_each_part_come_equally_often_in_the_long_run():
