@@ -73,8 +73,8 @@ def find(
     if cluster is None or (cluster.count == 1 and not cluster.index):
         return None
     _check(cluster)
-    if environ.get("JAX_LOCAL_DEVICE_IDS"):
-        cluster = cluster._replace(devices=None)
+    if ids := environ.get("JAX_LOCAL_DEVICE_IDS"):
+        cluster = cluster._replace(devices=tuple(_number("JAX_LOCAL_DEVICE_IDS", item) for item in ids.split(",")))
     return cluster
 
 

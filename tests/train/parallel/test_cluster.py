@@ -43,7 +43,7 @@ def test_flags_and_variables():
     variables = {f"DIFFJAX_{name.upper()}": str(value) for name, value in FLAGS.items()}
     assert find(variables)[1:] == expected
     assert find(variables, process_id=0).index == 0
-    assert find(variables | {"JAX_LOCAL_DEVICE_IDS": "0,1"}).devices is None
+    assert find(variables | {"JAX_LOCAL_DEVICE_IDS": "0,1"}).devices == (0, 1)
 
 
 @pytest.mark.parametrize("environ", [SLURM, MPI], ids=["slurm", "mpi"])
@@ -92,6 +92,7 @@ def test_slurm_without_srun_is_said(caplog):
         ({}, FLAGS | dict(num_processes=0), ["0 processes"]),
         ({}, FLAGS | dict(coordinator="node0"), ["coordinator 'node0'", "HOST:PORT"]),
         ({}, FLAGS | dict(coordinator="node0:99999"), ["node0:99999"]),
+        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "all"}, {}, ["JAX_LOCAL_DEVICE_IDS='all'", "whole number"]),
         ({"DIFFJAX_PROCESS_ID": "one"}, {}, ["DIFFJAX_PROCESS_ID='one'", "whole number"]),
         (SLURM | {"SLURM_PROCID": "8"}, {}, ["SLURM", "process id 8 of 8"]),
         (SLURM | {"SLURM_PROCID": ""}, {}, ["SLURM_PROCID=''"]),
