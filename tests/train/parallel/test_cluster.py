@@ -51,7 +51,9 @@ def test_agrees_with_what_jax_detects(environ, monkeypatch):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     found = find(environ)
-    coordinator, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 5)
+    coordinator, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, 5
+    )
     assert found.coordinator is None and coordinator.rpartition(":")[0] in ("node07", "10.96.0.1")
     assert (found.count, found.index, list(found.devices)) == (count, index, devices)
 
