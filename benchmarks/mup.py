@@ -1,6 +1,6 @@
 """The coordinate check of muP on the DiT: how far activations move in the first steps, by width.
 
-    python benchmarks/mup.py            # writes benchmarks/results/mup.json and docs/images/mup.png; 4 minutes
+    python benchmarks/mup.py            # writes benchmarks/results/mup.json and docs/images/mup.png; a few minutes
 
 A DiT of depth 2 with 4 heads at every width, AdamW, one batch of noise images, mean over seeds. Under the standard
 parameterisation one learning rate moves a wide network further than a narrow one; under muP the movement is flat.
@@ -58,7 +58,7 @@ def draw(report, path):
         axis.set(title=f"{title} parameterisation (slope)", xlabel="width", xticks=report["widths"])
         axis.set_xticklabels(report["widths"])
         axis.minorticks_off()
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 0.12))
     axes[0].set_ylabel(f"RMS change after {report['steps']} steps of AdamW")
     figure.savefig(path, dpi=110)
 

