@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 
-class Unreadable(Exception):
+class Unreadable(OSError):
     """One item cannot be read: `Unreadable(name, reason)`. The pipeline replaces the item and counts it."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
         self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"cannot read {self.name}: {self.reason}"
 
 
 class UnreadableError(OSError):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffjax.data import UnreadableError, WorkerError, batches, digits, folder
+from diffjax.data import Unreadable, UnreadableError, WorkerError, batches, digits, folder
 
 AUGMENT = ("shift(pixels=2)", "affine()", "flip()")
 
@@ -170,6 +171,16 @@ def test_past_the_limit_the_files_and_reasons_are_named(pictures, counts):
     assert all(name in text for name in names) and "\n" not in text
     iterator.close()
     take(batches(source, 4, seed=0, max_bad=3), 8)
+
+
+def test_reading_one_broken_item_directly_names_it(pictures):
+    source = random_views(pictures)
+    damage(pictures, source.name(3).rsplit("/", 1)[1])
+    with pytest.raises(Unreadable) as caught:
+        source[3]
+    assert str(caught.value).startswith(f"cannot read {source.name(3)}: ")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.name, copy.reason) == (source.name(3), caught.value.reason)
 
 
 def test_with_nothing_left_to_read_the_error_comes_at_once(pictures):
