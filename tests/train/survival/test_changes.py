@@ -1,0 +1,54 @@
+"""What a run may change when it goes on is written down, and what follows from it is said."""
+
+import io
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from diffjax.train import loop
+from diffjax.train.checkpoint import CheckpointError, open_checkpoints, read_params
+from diffjax.train.errors import ConfigError
+from diffjax.train.workdir import read_config
+
+SETTINGS = dict(
+    data="digits()",
+    model=dict(name="mlp", width=4, depth=1),
+    batch_size=16,
+    num_steps=4,
+    checkpoint_every=2,
+    optim=dict(name="sgd", lr=1e-2, schedule="cosine()"),
+    ema=("decay(0.9)",),
+)
+
+
+def train(workdir, allow=False, **changes):
+    stream = io.StringIO()
+    loop.train(ConfigDict(SETTINGS | changes), str(workdir), stream=stream, allow_changes=allow)
+    return stream.getvalue()
+
+
+def test_changes_are_refused_then_allowed_and_recorded(tmp_path):
+    train(tmp_path, stop_at=2)
+    with pytest.raises(ConfigError, match="label_dropout: 0.1 -> 0.5.*--allow_changes"):
+        train(tmp_path, label_dropout=0.5)
+    assert not (tmp_path / "config_history.jsonl").exists()
+    text = train(tmp_path, allow=True, label_dropout=0.5, num_steps=8)
+    # Half of a cosine's way is 1/2 of 1e-2; a quarter of it is (1 + cos(pi / 4)) / 2.
+    assert "config.num_steps 4 -> 8" in text and "at step 2 it is 0.008536 where it would have been 0.005" in text
+    [row] = map(json.loads, (tmp_path / "config_history.jsonl").read_text().splitlines())
+    assert row["step"] == 2
+    assert {"label_dropout: 0.1 -> 0.5", "num_steps: 4 -> 8", "stop_at: 2 -> 0"} <= set(row["changes"])
+    assert read_config(str(tmp_path)).label_dropout == 0.5
+
+
+def test_the_parameters_of_a_run_alone(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        read_params(tmp_path)
+    train(tmp_path)
+    step, params = read_params(tmp_path)
+    assert step == 4 and params.keys() == open_checkpoints(tmp_path / "checkpoints").restore_part("params")[1].keys()
+    step, average = read_params(tmp_path, "decay(0.9)", step=2)
+    assert step == 2 and average.keys() == params.keys()
+    with pytest.raises(ValueError, match="nothing under 'ema/decay.0.8.'"):
+        read_params(tmp_path, "decay(0.8)")
