@@ -110,4 +110,7 @@ def use_compile_cache() -> str | None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         folder = os.path.join(home, "diffjax", "jax")
         jax.config.update("jax_compilation_cache_dir", folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # The default of a second leaves out the dozens of small programs that a start compiles besides the step.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
