@@ -45,12 +45,12 @@ sys.exit(code)
 """
 
 
-def start(name, cache, steps_to_row=1):
+def start(name, cache):
     """Seconds from the command to the first row, and by phase."""
     with tempfile.TemporaryDirectory() as folder:
         run, phases = os.path.join(folder, "run"), os.path.join(folder, "phases.json")
         flags = ["train", f"--config=configs/{name}.py", f"--workdir={run}"]
-        flags += [f"--config.num_steps={steps_to_row}", "--config.log_every=1", "--config.sample_every=0"]
+        flags += ["--config.stop_at=1", "--config.log_every=1", "--config.sample_every=0"]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
         begin = time.time()
         process = subprocess.Popen(
