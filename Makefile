@@ -30,8 +30,9 @@ test: setup  ## lint and the fast tests
 slow: setup  ## tests that train for minutes
 	$(BIN)/python -m pytest -m slow
 
-faults: setup  ## kill and corrupt runs, many times
+faults: setup  ## kill, interrupt, fill and corrupt runs, many times
 	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest tests/faults -m "not faults"
 
 bench: setup  ## timings on this machine, written to benchmarks/results
 	PYTHONPATH=. $(BIN)/python benchmarks/step_time.py
