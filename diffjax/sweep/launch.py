@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from diffjax.train.errors import RESUME
+
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 
 
@@ -62,7 +64,7 @@ def run_job(job: Job, caught: Sequence[int] = ()) -> Outcome:
     for command in commands:
         code = call(command, job, caught)
         if code or caught:
-            stopped = bool(caught) or code >= 128 or code in (-signal.SIGINT, -signal.SIGTERM)
+            stopped = bool(caught) or code == RESUME or code >= 128 or code in (-signal.SIGINT, -signal.SIGTERM)
             return Outcome(
                 INTERRUPTED if stopped else FAILED,
                 time.perf_counter() - begun,

@@ -17,7 +17,7 @@ from diffjax.sweep.grid import parse_grid
 from diffjax.sweep.launch import FAILED, FINISHED, Job
 from diffjax.sweep.plan import SWEEP_FILE, Run, plan_runs, refuse_other_config, short_names
 from diffjax.train import config as configs
-from diffjax.train.errors import WorkdirError
+from diffjax.train.errors import RESUME, WorkdirError
 from diffjax.train.stopping import caught_signals
 
 STATUS_FILE, LOCK_FILE, LOGS, CONFIGS = "status.json", "lock", "logs", "configs"
@@ -35,7 +35,7 @@ def sweep(
     path: Sequence[str] = (),
     dry_run: bool = False,
 ) -> int:
-    """Trains and evaluates every combination of a grid for every seed; 0, 1 if a run failed, or 128 + a signal.
+    """Trains and evaluates every combination of a grid for every seed; 0, 1 if a run failed, 75 if it was stopped.
 
     The same call goes on: finished runs are left as they are, interrupted ones resume, failed ones are tried again,
     and a longer grid or more seeds add to what is there. A run that fails does not stop the others. Into `out` go a
@@ -102,7 +102,7 @@ def follow(runs: list[Run], jobs: list[Job], ended: Iterator, caught: list[int],
     left = sum(table.finished_report(run) is None for run in runs)
     if caught:
         sys.stderr.write(f"diffjax: stopped by signal {caught[0]}, {left} runs left; the same command goes on\n")
-        return 128 + caught[0]
+        return RESUME
     return 1 if left else 0
 
 

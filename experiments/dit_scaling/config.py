@@ -8,4 +8,7 @@ from configs.common import digits
 
 def get_config(arg=None):
     given = arg or ""
-    return digits(given if "steps=" in given or "smoke" in given else f"steps=800,{given}", model="dit")
+    config = digits(given if "steps=" in given or "smoke" in given else f"steps=800,{given}", model="dit")
+    # Pictures while it trains would cost a sampler's compilation in every run.
+    config.sample_every = 0
+    return config

@@ -15,4 +15,6 @@ def get_config(arg=None):
     config.model.time_scale = 1000.0
     # Adam does not see the scale of a weighting; clipping by the norm would.
     config.optim.clip = 0.0
+    # Pictures while it trains would cost a sampler's compilation in every run.
+    config.sample_every = 0
     return config

@@ -22,7 +22,7 @@ from diffjax.sweep.grid import options_of, parse_grid
 from diffjax.sweep.plan import plan_runs
 from diffjax.sweep.run import sweep
 from diffjax.train import config as configs
-from diffjax.train.errors import ConfigError, WorkdirError
+from diffjax.train.errors import RESUME, ConfigError, WorkdirError
 
 ROOT = Path(__file__).parents[2]
 # Stands in for the programs that a job calls: quick, and failing where the test wants it.
@@ -40,7 +40,7 @@ if command == "train":
     if config["seed"] == 14 and not os.path.exists(os.path.join(workdir, "part")):
         open(os.path.join(workdir, "part"), "w").close()
         import signal
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         time.sleep(60)
     json.dump(config, open(os.path.join(workdir, "config.json"), "w"))
     open(os.path.join(workdir, "metrics.jsonl"), "w").write(json.dumps({"step": 7, "loss": config["optim"]["lr"]}))
@@ -183,7 +183,7 @@ def test_a_signal_reaches_the_run_and_the_next_call_finishes_it(tmp_path, stub):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert process.returncode == RESUME, printed
     assert [row["status"] for row in read(out)] == ["finished", "interrupted", "waiting"]
     assert sweep(tiny(), "seed=[0,14,2]", out, path=stub) == 0
     assert [row["status"] for row in read(out)] == ["finished"] * 3
