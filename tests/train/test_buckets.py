@@ -14,6 +14,17 @@ from diffjax.train.errors import ConfigError
 from diffjax.train.parts import prepare
 from diffjax.train.state import load_run
 
+MODULE = "user_of_test_buckets"
+USER = """
+import jax.numpy as jnp
+from diffjax.core import Model
+
+def bias(*, shape, num_classes):
+    # Cheap to compile, and of any image shape.
+    apply = lambda p, x, t, y=None, key=None: p["b"] * x + p["c"]
+    return Model(lambda key: {"b": jnp.zeros(()), "c": jnp.zeros(())}, apply, {})
+"""
+
 
 @pytest.fixture
 def pictures(tmp_path):
@@ -51,21 +62,26 @@ def test_a_network_on_one_of_its_shapes_is_the_network_of_that_shape(pictures, n
     # Parameters of the U-Net are named after the sizes of the first shape; they belong to the same layers.
     leaves = jax.tree.leaves(params)
     same = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(alone.init, jax.random.key(0))), leaves)
-    several = jax.jit(parts.model.apply)
-    np.testing.assert_array_equal(several(params, square, t), jax.jit(alone.apply)(same, square, t))
-    assert several(params, wide, t).shape == wide.shape
+    # Each runs once, so that compiling them optimised would take longer than running them.
+    fast = dict(compiler_options={"xla_backend_optimization_level": 0})
+    run = lambda apply, *given: jax.jit(apply).lower(*given).compile(**fast)(*given)
+    np.testing.assert_array_equal(run(parts.model.apply, params, square, t), run(alone.apply, same, square, t))
+    assert jax.eval_shape(parts.model.apply, params, wide, t).shape == wide.shape
     with pytest.raises(ValueError, match=r"built for \[B, 8, 16, 3\] or \[B, 8, 8, 3\]"):
         parts.model.apply(params, jax.numpy.zeros((2, 16, 16, 3)), t)
 
 
-def test_a_run_on_buckets_stops_and_goes_on_to_the_same_bits(pictures, tmp_path):
+def test_a_run_on_buckets_stops_and_goes_on_to_the_same_bits(pictures, tmp_path, monkeypatch):
+    (tmp_path / f"{MODULE}.py").write_text(USER)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = f"{MODULE}:bias"
     whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
-    settings = config(pictures, MODELS["dit"])
+    settings = config(pictures, model)
     _, parts = prepare(settings)
     stream = batches(parts.dataset.train, 4, seed=0)
     assert {next(stream)["image"].shape[1:] for _ in range(8)} == set(parts.dataset.shapes)
     loop.train(settings, whole, stream=io.StringIO())
-    loop.train(config(pictures, MODELS["dit"], stop_at=4), halves, stream=io.StringIO())
+    loop.train(config(pictures, model, stop_at=4), halves, stream=io.StringIO())
     loop.train(settings, halves, stream=io.StringIO())
     a, b = (jax.tree.leaves(load_run(folder).params) for folder in (whole, halves))
     for x, y in zip(a, b, strict=True):
