@@ -155,7 +155,7 @@ def test_rollback_is_the_run_that_never_saw_the_window(tmp_path, value, spike):
     check_evidence(tmp_path, items, value)
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.parametrize("policy", [pytest.param("skip", marks=pytest.mark.faults), "rollback"])
 def test_a_guarded_run_resumes_to_the_same_bits(tmp_path, policy):
     data, _ = poisoned(BAD, BAD + 7, value="300.0")
     settings = dict(guard=dict(on_bad=policy, spike=4.0), log_every=3)

@@ -48,6 +48,7 @@ def unmoved(tmp_path_factory):
     return losses(workdir)
 
 
+@pytest.mark.faults
 def test_8_to_4_to_1_to_8_devices(tmp_path, unmoved):
     # Another number of devices and another mesh each time; the state is spread over it, and whole on one.
     moves = [(8, 10, "data=2,fsdp=4", "fsdp"), (4, 20, "fsdp=4", "fsdp"), (1, 30, "", "data"), (8, 40, "", "data")]
