@@ -10,9 +10,11 @@ Other settings after the colon: `:steps=8000`, `:batch=64`, `:width=64` (channel
 left and right differ, as in text), `:grey` (one channel), `:seed=1`, and `:smoke` (a minute, most of it compilation; no
 quality).
 
-Cost: size 24, width 32, batch 32: COST.
-Expected: blurred likenesses after some hundred steps, faces after 2000. A folder of a hundred images is soon known by
-heart: look at the closest training images of `diffjax eval`, and stop earlier or gather more.
+Cost: with `size=24,grey,width=16,batch=16` 358 k parameters and 0.15 s of CPU time a step, half a minute or more to
+compile. Width and batch of 32 cost about eight times as much: for a GPU.
+Expected: with these, and scikit-image's 100 faces of 25 x 25 pixels (`lfw_subset`), rough faces
+after 500 steps. A folder of a hundred images is soon known by heart: look at the closest training images of
+`diffjax eval`, and stop earlier or gather more.
 """
 
 from ml_collections import ConfigDict
@@ -21,9 +23,8 @@ from configs.common import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(
-        arg, path="", size=64, steps=0, batch=32, width=32, flip=True, grey=False, seed=0, smoke=False
-    )  # fmt: skip
+    settings = dict(path="", size=64, steps=0, batch=32, width=32, flip=True, grey=False, seed=0, smoke=False)
+    arg = parse_arg(arg, **settings)
     if not arg.path:
         raise ValueError("say where the images are: --config=configs/folder.py:path=FOLDER,size=64")
     if arg.size % 8 or arg.size < 8:

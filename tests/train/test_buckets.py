@@ -48,7 +48,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_a_network_on_one_of_its_shapes_is_the_network_of_that_shape(pictures, name):
     _, parts = prepare(config(pictures, MODELS[name]))
     assert parts.dataset.shapes == ((8, 16, 3), (8, 8, 3))
