@@ -1,6 +1,7 @@
 """A run that starts from other parameters: which ones it gets, and what is refused."""
 
 import io
+import json
 
 import jax
 import numpy as np
@@ -92,13 +93,17 @@ def test_a_scalar_parameter_and_half_precision_survive(tmp_path):
 
 
 def test_bfloat16_arrays_are_read_in_parts(tmp_path):
-    # The upper halves of float32 numbers, written by the package from bytes.
+    # The upper halves of float32 numbers, laid out as the format says: length, JSON header, bytes.
     numbers = np.array([[1.0, -2.5, 3.0], [0.15625, 1e30, 6.0]], np.float32)
     upper = (numbers.view(np.uint32) >> 16).astype(np.uint16)
     wanted = (upper.astype(np.uint32) << 16).view(np.float32)
-    tensor = {"dtype": "bfloat16", "shape": [2, 3], "data": upper.tobytes()}
-    first = {"dtype": "float32", "shape": [1], "data": np.ones(1, np.float32).tobytes()}
-    (tmp_path / "a.safetensors").write_bytes(safetensors.serialize({"a": first, "w": tensor}))
+    header = {
+        "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        "w": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [4, 16]},
+    }
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + np.ones(1, np.float32).tobytes() + upper.tobytes()
+    (tmp_path / "a.safetensors").write_bytes(data)
     leaf = of_safetensors(tmp_path / "a.safetensors")["w"]
     np.testing.assert_array_equal(np.asarray(leaf.read((slice(1, 2), slice(None))), np.float32), wanted[1:2])
 
