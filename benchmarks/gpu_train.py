@@ -46,7 +46,7 @@ def measure(batch, remat, attention, *, steps, tiny):
     if attention != "xla":
         jax.nn.dot_product_attention = functools.partial(jax.nn.dot_product_attention, implementation=attention)
     config = configs.load(f"configs/dit_xl_2.py:batch={batch}")
-    config.model.update({"remat": remat} | (TINY if tiny else {}))
+    config.model = dict(config.model) | {"remat": remat} | (TINY if tiny else {})
     config, parts = prepare(config)
     mesh = sharding.make_mesh(sharding.parse_mesh("data=1"), devices=jax.devices()[:1])
     where = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, "data")
