@@ -53,7 +53,7 @@ class Watch:
     def __init__(self, client: Any, coordinator: str, index: int, count: int, stall_s: float = STALL_S):
         self.index, self.count = index, count
         self._client, self._coordinator, self._stall_s = client, coordinator, stall_s
-        self._step, self._failed = -1, None
+        self._step, self._answered = -1, time.monotonic()
         self._seen: dict[int, tuple[str, float]] = {}
         self._moved = (-1, time.monotonic())
         self._over, self._said = threading.Event(), threading.Lock()
@@ -62,7 +62,9 @@ class Watch:
         """Begins to watch, in a thread; from here on an abort by JAX because of a lost peer is a message and a code."""
         self._handler = catch_abort(self._lost_by_now, self.stop)
         self._beat()
-        threading.Thread(target=self._run, name="peers", daemon=True).start()
+        self._answered = time.monotonic()
+        for target in (self._run, self._wait_for_answers):
+            threading.Thread(target=target, name="peers", daemon=True).start()
 
     def step(self, step: int) -> None:
         """Says how many updates this process has handed to its devices; costs nothing."""
@@ -122,16 +124,19 @@ class Watch:
 
     def _run(self) -> None:
         while not self._over.wait(BEAT_S):
-            try:
+            with contextlib.suppress(Exception):
                 self._beat()
                 found = self.verdict() or (self.judge(SILENT_S) if self.index == 0 else None)
-                self._failed = None
-            except Exception:
-                now = time.monotonic()
-                self._failed = self._failed or now
-                found = self._unreachable() if now - self._failed > SILENT_S / 2 else None
-            if found and not self._over.is_set():
-                self.stop(self.announce(found))
+                self._answered = time.monotonic()
+                if found and not self._over.is_set():
+                    self.stop(self.announce(found))
+
+    def _wait_for_answers(self) -> None:
+        """Beside the thread that asks, because a frozen coordinator never ends a call."""
+        while not self._over.wait(BEAT_S):
+            if time.monotonic() - self._answered > SILENT_S:
+                text = f"process 0 of {self.count}, the coordinator at {self._coordinator}, does not answer{_AGAIN}"
+                self.stop(self._unreachable() or Verdict(RESUME, text))
 
     def _beat(self) -> None:
         self._put(str(self._step))

@@ -3,6 +3,8 @@
 import socket
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import jax
@@ -24,7 +26,7 @@ address, count, index, fact = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), s
 describe = lambda error: (2 if isinstance(error, ConfigError) else 1, str(error))
 found = cluster.find({}, coordinator=address, num_processes=count, process_id=index)
 try:
-    with processes.joined(found, describe, timeout_s=4) as watch:
+    with processes.joined(found, describe, timeout_s=int(sys.argv[5])) as watch:
         processes.agree("facts", {"lr": fact, "seed": 0}, "start all alike")
         processes.agree("facts", {"again": 1}, "start all alike")
         print("agreed", watch.name(), processes.is_first())
@@ -34,6 +36,8 @@ except ConfigError as error:
     sys.stderr.write(str(error))
     sys.exit(2)
 """
+# Seconds to wait: short where nobody will come, long where a loaded machine may start the processes far apart.
+WAIT = {"nobody": 4, "missing": 4, "busy": 4, "twice": 15}
 CASES = {
     "alike": [(2, 0, "0.1"), (2, 1, "0.1")],
     "fails": [(2, 0, "fails"), (2, 1, "fails")],
@@ -54,7 +58,16 @@ def ended():
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = (taken if case == "busy" else free).getsockname()[1]
         for count, index, fact in members:
-            command = [sys.executable, "-c", SCRIPT, f"127.0.0.1:{port}", str(count), str(index), fact]
+            command = [
+                sys.executable,
+                "-c",
+                SCRIPT,
+                f"127.0.0.1:{port}",
+                str(count),
+                str(index),
+                fact,
+                str(WAIT.get(case, 100)),
+            ]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             running.setdefault(case, []).append(process)
     found = {}
@@ -170,6 +183,27 @@ def test_who_is_stuck_is_named(world):
     found = [world.beat(0, 1, 2) for _ in world.beats(100 + 2 * BEAT_S)]
     assert found[0] is None and found[-1].code == RESUME
     assert "no step for" in found[-1].text and "process 1 behind at step 7, the others at 8" in found[-1].text
+
+
+def test_a_coordinator_that_never_answers_is_lost(monkeypatch):
+    monkeypatch.setattr(peers, "BEAT_S", 0.01)
+    monkeypatch.setattr(peers, "SILENT_S", 0.1)
+    store, ended = Store(), threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        watch = Watch(store, f"127.0.0.1:{server.getsockname()[1]}", 1, 2)
+        watch.stop = lambda verdict: (said.append(verdict), ended.wait(30))
+        said = []
+        monkeypatch.setattr(peers, "catch_abort", lambda explain, stop: None)
+        watch.start()
+        assert not said
+        store.key_value_set = lambda *args, **settings: ended.wait(30)  # As a frozen process does.
+        for _ in range(500):
+            if said:
+                break
+            time.sleep(0.01)
+    ended.set()
+    watch.finish()
+    assert said[0].code == RESUME and "does not answer" in said[0].text
 
 
 def test_the_first_verdict_counts(world):
