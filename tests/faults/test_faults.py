@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffjax import cli
 from diffjax.train.checkpoint import open_checkpoints
+from diffjax.train.errors import RESUME
 
 ROOT = Path(__file__).parents[2]
 STEPS = 120
@@ -45,7 +45,9 @@ def launch(tmp_path_factory):
     context.set_forkserver_preload(["diffjax.train.loop", "diffjax.data", "diffjax.models", "sklearn.datasets"])
 
     def start(workdir):
-        process = context.Process(target=cli.main, args=(command(workdir),))
+        # Its exit code is that of the command; and what a forked server runs must have a name there.
+        code = f"import sys; from diffjax import cli; sys.exit(cli.main({command(workdir)!r}))"
+        process = context.Process(target=exec, args=(code, {}))
         process.start()
         return process
 
@@ -141,3 +143,30 @@ def test_a_hundred_kills(launch, undisturbed, tmp_path):
             process.join()
         finish(launch, workdir)
         assert content(workdir) == undisturbed
+
+
+@pytest.mark.faults
+def test_twenty_preemptions(launch, undisturbed, tmp_path):
+    rng = random.Random(2)
+    for i in range(7):
+        workdir = tmp_path / f"round{i}"
+        for step in sorted(rng.sample(range(EVERY, STEPS - 2 * EVERY, EVERY), 3)):
+            if any(s >= step for s in saved(workdir)):
+                continue
+            code = stop_after(launch, workdir, step, rng.uniform(0, 0.05))
+            assert code in (RESUME, 0) and (code == 0) == (STEPS in saved(workdir))
+        finish(launch, workdir)
+        assert content(workdir) == undisturbed
+
+
+def stop_after(launch, workdir, step, delay):
+    """The exit code of a run that gets SIGTERM `delay` seconds after its checkpoint of `step` or a later one."""
+    process = launch(workdir)
+    deadline = time.monotonic() + 120
+    while process.is_alive() and not any(s >= step for s in saved(workdir)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.terminate()
+    process.join(120)
+    return process.exitcode
