@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,15 +31,27 @@ def step(model):
     return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
-@pytest.mark.parametrize(
-    "name", ["dit", "mlp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dit, unrolled", "unet"))]
-)
-def test_recomputing_lowers_the_peak_of_the_compiled_step(name):
-    memory = {
-        policy: step(BUILD[name](remat=policy)).memory_analysis().temp_size_in_bytes for policy in ("none", "full")
-    }
-    # By how much depends on what a block holds beside its input; a third off is less than any of these saves.
+def test_recomputing_lowers_the_peak_of_the_compiled_step():
+    # In a scan. Of unrolled blocks XLA's CPU back end merges the two computations, so for these see the next test.
+    memory = {p: step(BUILD["dit"](remat=p)).memory_analysis().temp_size_in_bytes for p in ("none", "full")}
     assert memory["full"] < memory["none"] / 1.5, memory
+
+
+def kept(f, *args):
+    """Shapes of what the backward pass is given, arguments included: the leaves of the function of `jax.vjp`."""
+    return sorted(leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args)))
+
+
+@pytest.mark.parametrize("name", ["mlp", "unet", "dit, unrolled"])
+def test_recomputing_asks_for_fewer_kept_activations(name):
+    def size(policy):
+        model = BUILD[name](remat=policy)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        x, t = jax.ShapeDtypeStruct((64, *SHAPE), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.float32)
+        loss = lambda params, x, t: jnp.mean(model.apply(params, x, t) ** 2)
+        return sum(math.prod(s) for s in kept(loss, params, x, t) if 64 in s[:1])
+
+    assert size("full") < size("none") / 1.5
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -54,22 +68,16 @@ def test_policies_change_no_gradient(policy):
     np.testing.assert_allclose(jax.grad(lambda w: loss(remat(block, policy), w))(w), want, rtol=1e-6)
 
 
-def saved(policy, f, *args):
-    """Shapes of what is kept for the backward pass besides the arguments."""
-    from jax.ad_checkpoint import saved_residuals
-
-    return sorted(a.shape for a, why in saved_residuals(remat(f, policy), *args) if "argument" not in why)
-
-
 def test_what_each_policy_keeps():
     def block(x, w):
         h = jnp.sin(x @ w)  # a product with weights
         return jnp.sin(jnp.einsum("btc,bsc->bts", h, h))  # one of activations with each other
 
     x, w = jnp.ones((2, 3, 5)), jnp.ones((5, 7))
-    assert saved("full", block, x, w) == []
-    assert saved("dots_no_batch", block, x, w) == [(2, 3, 7)]
-    assert saved("dots", block, x, w) == [(2, 3, 3), (2, 3, 7)]
+    inputs = [(2, 3, 5), (5, 7)]
+    assert kept(remat(block, "full"), x, w) == inputs
+    assert kept(remat(block, "dots_no_batch"), x, w) == sorted([*inputs, (2, 3, 7)])
+    assert kept(remat(block, "dots"), x, w) == sorted([*inputs, (2, 3, 3), (2, 3, 7)])
 
 
 def test_settings_from_before_the_policies_still_mean_the_same():
