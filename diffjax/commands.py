@@ -73,7 +73,7 @@ def required(arguments: argparse.Namespace, flag: str, example: str) -> str:
 def given_config(arguments, overrides):
     """The config of `--config` with the overrides; from `--workdir` if there is no `--config`."""
     from diffjax.train import config as configs
-    from diffjax.train.workdir import read_config
+    from diffjax.train.survival.workdir import read_config
 
     if not arguments.config and arguments.workdir and os.path.isdir(arguments.workdir):
         config = read_config(arguments.workdir)
@@ -93,7 +93,7 @@ def run_settings(workdir: str, overrides: dict[str, str], groups: Sequence[str])
     if not overrides:
         return {}
     from diffjax.train import config as configs
-    from diffjax.train.workdir import read_config
+    from diffjax.train.survival.workdir import read_config
 
     config, values = read_config(workdir), {}
     for key, text in overrides.items():

@@ -18,7 +18,7 @@ from diffjax.sweep.launch import FAILED, FINISHED, Job
 from diffjax.sweep.plan import SWEEP_FILE, Run, plan_runs, refuse_other_config, short_names
 from diffjax.train import config as configs
 from diffjax.train.errors import RESUME, WorkdirError
-from diffjax.train.stopping import caught_signals
+from diffjax.train.survival.signals import caught_signals
 
 STATUS_FILE, LOCK_FILE, LOGS, CONFIGS = "status.json", "lock", "logs", "configs"
 RUNS_CSV, TABLE, PLOT = "runs.csv", "table.md", "sweep.png"

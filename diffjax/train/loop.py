@@ -8,32 +8,28 @@ import json
 import math
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Callable
+from typing import NamedTuple, TextIO
 
 import jax
 from ml_collections import ConfigDict
 
-from diffjax.data import batches
 from diffjax.train import config as configs
 from diffjax.train import step as steps
-from diffjax.train.checkpoint import open_checkpoints, versions
+from diffjax.train.checkpoint import versions
 from diffjax.train.errors import WorkdirError
-from diffjax.train.monitor import writers
 from diffjax.train.monitor.clock import Clock
 from diffjax.train.monitor.meters import usage
 from diffjax.train.monitor.profile import Profile
 from diffjax.train.monitor.summary import summarize
 from diffjax.train.optim import evaluation_params, snapshots
 from diffjax.train.parallel import processes, sharding
-from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parallel.peers import Watch
-from diffjax.train.parts import Parts, prepare
-from diffjax.train.setup import compile_step, first_state
-from diffjax.train.state import CHECKPOINTS, TrainState, abstract_state
-from diffjax.train.survival import guard, history, recovery, saving
-from diffjax.train.workdir import locked, note_changes, refuse_changes, write_config
+from diffjax.train.parts import prepare
+from diffjax.train.session import Session, last_step, note, open_session, with_programs, with_writers
+from diffjax.train.state import TrainState
+from diffjax.train.survival import guard, recovery, saving
+from diffjax.train.survival.workdir import locked, note_changes, refuse_changes, write_config
 
 
 class Result(NamedTuple):
@@ -46,28 +42,6 @@ class Result(NamedTuple):
 
     step: int
     signal: int | None
-
-
-class Session(NamedTuple):
-    """What the loop works with: a compiled step, a source of batches, and where the results go."""
-
-    config: ConfigDict
-    parts: Parts
-    mesh: Any
-    step_fn: Any
-    empty: Any
-    iterator: Any
-    checkpoints: Any
-    writer: writers.Writer
-    terminal: writers.Terminal
-    picture: Callable | None  # `(params, step) -> image`, every `sample_every` steps
-    flops: Callable[[], float]  # of one step
-    workdir: str
-    windows: list  # of metrics on the host, reported since the last checkpoint
-    snapshots: Any = None  # of the averages, every `ema_snapshots` steps
-    files: Any = None  # the part of `writer` that leaves files
-    restart: Callable | None = None  # `() -> (step, state)` of the newest checkpoint
-    peers: Watch | None = None  # the other processes of the run
 
 
 def train(
@@ -107,66 +81,54 @@ def train(
     config, parts = prepare(config)
     processes.agree("config", configs.flat(config) | versions(), "start all with one command and one installation")
     os.makedirs(workdir, exist_ok=True)
-    first = processes.is_first()
-    lock = locked(workdir) if first else contextlib.nullcontext()
+    lock = locked(workdir) if processes.is_first() else contextlib.nullcontext()
     with lock, processes.stop_requests() as asked, contextlib.ExitStack() as stack:
         stored = refuse_changes(workdir, config, allow=allow_changes)
-        checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
-        stack.callback(checkpoints.close)
-        reading = dict(config.input, seed=config.seed, augment=parts.augment)
-        mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
-        index, count = processes.input_share(sharding.batch_sharding(mesh), config.batch_size)
-        share = dict(process_index=index, process_count=count)
-        iterator = history.Batches(batches(parts.dataset.train, config.batch_size, **reading, **share))
-        stack.callback(iterator.close)
-        state_sharding = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
-        restart = functools.partial(first_state, config, parts, checkpoints, iterator, state_sharding)
+        session = open_session(config, parts, workdir, stack, peers=peers)
         # Before anything is read together: a process that sees other checkpoints would take other steps.
-        seen = {"saved steps": checkpoints.steps()}
+        seen = {"saved steps": session.checkpoints.steps()}
         processes.agree("checkpoints", seen, f"{workdir!r} must be one folder that all of them see")
-        step, state = restart()
-        quiet = None if first else stack.enter_context(open(os.devnull, "w"))
-        terminal = writers.Terminal(quiet or stream or sys.stderr, last_step(config), step)
-        files = saving.Files(lambda at: file_writers(config, workdir, at) if first else (), step, config.on_save_error)
-        writer = writers.Several([terminal, files])
-        stack.callback(writer.close)
+        step, state = session.restart()
+        session = with_writers(session, step, stream, stack)
         if step >= last_step(config):
-            text = f"{workdir} is at step {step}, and the config asks for {last_step(config)}: nothing to do"
-            terminal.write_texts(step, {"note": text})
+            asks = f"the config asks for {last_step(config)}"
+            note(session, step, f"{workdir} is at step {step}, and {asks}: nothing to do")
             return Result(step, None)
         if text := saving.stretched(stored, config, step, parts.lr):
-            terminal.write_texts(step, {"note": text})
-        if first:
+            note(session, step, text)
+        if processes.is_first():
             note_changes(workdir, step, stored, config)
             write_config(workdir, config)
-        checkpoints.reserve(state)
-        terminal.write_texts(step, {"note": "compiling the training step ..."})
-        step_fn, empty = compile_step(config, parts, mesh, state_sharding)
-        processes.meet("compiled")
-        picture = preview(config, parts) if preview and config.sample_every else None
-        flops = functools.cache(lambda: step_flops(config, parts).model)
-        session = Session(
-            config, parts, mesh, step_fn, empty, iterator, checkpoints, writer, terminal, picture, flops, workdir, []
-        )
-        session = session._replace(peers=peers)
-        if config.ema_snapshots:
-            session = session._replace(snapshots=snapshots.open_snapshots(workdir, step=step))
-            stack.callback(session.snapshots.close)
-            text = snapshots.cost(config.ema_snapshots, last_step(config), state.ema)
-            terminal.write_texts(step, {"note": text})
-        session = session._replace(files=files, restart=restart)
+        session = with_programs(session, step, state, preview)
         return recovery.persist(functools.partial(run, asked=asked), session, step, state)
 
 
-def run(session: Session, step: int, state: TrainState, asked: Callable[[int], int | None]) -> Result:
-    """The loop itself; the device is waited for at checkpoints, and one step late at every log line."""
+def run(session: Session, step: int, state: TrainState, *, asked: Callable[[int], int | None]) -> Result:
+    """The loop from `step` on, and the summary of it."""
+    config, last, clock = session.config, last_step(session.config), Clock(step, session.config.batch_size)
+    with contextlib.ExitStack() as stack:
+        session = session._replace(profile=Profile(config.profile if processes.is_first() else (), session.workdir))
+        stack.callback(session.profile.close)
+        if config.ema_snapshots:
+            session = session._replace(snapshots=snapshots.open_snapshots(session.workdir, step=step))
+            stack.callback(session.snapshots.close)
+        step, state, number = advance(session, clock, step, state, asked)
+        session.checkpoints.wait()
+    conclude(session, clock, step, state)
+    if number:
+        text = f"saved step {step} of {last} in {session.workdir}; the same command goes on from there"
+        note(session, step, f"{signal.Signals(number).name}: {text}")
+    return Result(step, number)
+
+
+def advance(session: Session, clock: Clock, step: int, state: TrainState, asked: Callable) -> tuple:
+    """`(step, state, signal or None)` after the last step; the device is waited for at checkpoints, and one step late
+    at every log line."""
     config, last = session.config, last_step(session.config)
     fresh = lambda: guard.limited(session.empty(), session.iterator.limit(config.guard.spike))
-    window, pending, clock, saved = fresh(), None, Clock(step, config.batch_size), step or None
-    profile = Profile(config.profile if processes.is_first() else (), session.workdir)
-    signalled = asked(step)
-    while step < last and not (signalled and step == saved):
-        profile.before(step)
+    window, pending, saved, number = fresh(), None, step or None, asked(step)
+    while step < last and not (number and step == saved):
+        session.profile.before(step)
         with clock.waiting():
             batch = sharding.place_batch(next(session.iterator), session.mesh)
         state, window = session.step_fn(state, window, batch)
@@ -174,48 +136,30 @@ def run(session: Session, step: int, state: TrainState, asked: Callable[[int], i
         session.terminal.advance(step)
         if session.peers:
             session.peers.step(step)
-        signalled = signalled or asked(step)
+        number = number or asked(step)
         if pending:
             # The device already works on the next step, so fetching this window costs it nothing.
             pending = report(session, clock, state, *pending)
-        if traced := profile.after(step, state):
-            session.terminal.write_texts(step, {"note": f"profile of steps {config.profile} in {traced}"})
-        ends = step == last or bool(signalled)
-        keeps = snapshots.due(config.ema_snapshots, step, last)
-        saves = step % config.checkpoint_every == 0 or ends
+        if traced := session.profile.after(step, state):
+            note(session, step, f"profile of steps {config.profile} in {traced}")
+        ends = step == last or bool(number)
+        saves, keeps = step % config.checkpoint_every == 0 or ends, snapshots.due(config.ema_snapshots, step, last)
         if step % config.log_every == 0 or saves or keeps:
             pending, window = (step, window), fresh()
-        if keeps:
-            # As below, nothing is kept that was not seen to be finite.
+        if saves or keeps:
+            # A state is kept only after every step that led to it was seen to be finite; and as its window ends here,
+            # a run that goes on from it has the windows of one that was never stopped.
             pending = report(session, clock, state, *pending)
+        if keeps:
             with clock.paused("ema snapshots"):
                 snapshots.save(session.snapshots, step, state.ema)
         if saves:
-            # A state is saved only after every step that led to it was seen to be finite; and as its window ends here,
-            # a run that goes on from it has the windows of one that was never stopped.
-            pending = pending and report(session, clock, state, *pending)
-            metrics = {"loss": mean_loss(session.windows)}
-            session.windows.clear()
-            # Before the save: no checkpoint may be later than the rows that a killed process leaves.
-            session.writer.flush()
-            with clock.paused("checkpoints"):
-                stored = json.loads(configs.to_json(config))
-                if saving.keep(session, step, state, stored, metrics, last=ends):
-                    saved = step
+            saved = step if save(session, clock, step, state, last=ends) else saved
             # The limit on the loss is that of a run that goes on from here.
             window = fresh()
         if session.picture and (step % config.sample_every == 0 or step == last):
-            with clock.paused("samples"):
-                image = session.picture(averaged(session, state), step)
-                session.writer.write_images(step, {"samples": image})
-    profile.close()
-    session.checkpoints.wait()
-    conclude(session, clock, step, state)
-    if signalled:
-        name = signal.Signals(signalled).name
-        text = f"{name}: saved step {step} of {last} in {session.workdir}; the same command goes on from there"
-        session.terminal.write_texts(step, {"note": text})
-    return Result(step, signalled)
+            draw(session, clock, step, state)
+    return step, state, number
 
 
 def report(session: Session, clock: Clock, state: TrainState, step: int, window: steps.Metrics) -> None:
@@ -243,10 +187,23 @@ def report(session: Session, clock: Clock, state: TrainState, step: int, window:
     session.writer.write_scalars(step, values)
 
 
-def averaged(session: Session, state: TrainState) -> dict:
-    """The parameters that the run is judged by: its first average, or the parameters where it keeps none."""
-    own = lambda: evaluation_params(state.opt_state, state.params)
-    return state.ema[session.config.ema[0]] if session.config.ema else own()
+def save(session: Session, clock: Clock, step: int, state: TrainState, *, last: bool) -> bool:
+    """Hands the state over to be saved, scored by the mean loss since the save before; whether that worked."""
+    metrics = {"loss": mean_loss(session.windows)}
+    session.windows.clear()
+    # Before the save: no checkpoint may be later than the rows that a killed process leaves.
+    session.writer.flush()
+    with clock.paused("checkpoints"):
+        stored = json.loads(configs.to_json(session.config))
+        return saving.keep(session, step, state, stored, metrics, last=last)
+
+
+def draw(session: Session, clock: Clock, step: int, state: TrainState) -> None:
+    """Samples from the parameters that the run is judged by: its first average, else what the optimiser evaluates."""
+    with clock.paused("samples"):
+        own = lambda: evaluation_params(state.opt_state, state.params)
+        params = state.ema[session.config.ema[0]] if session.config.ema else own()
+        session.writer.write_images(step, {"samples": session.picture(params, step)})
 
 
 def conclude(session: Session, clock: Clock, step: int, state: TrainState) -> None:
@@ -269,19 +226,3 @@ def mean_loss(windows: list[steps.Metrics]) -> float:
     """The mean loss of the steps in all windows, which the best checkpoint is best at; NaN if all were skipped."""
     count = sum(int(w.steps) for w in windows)
     return sum(float(w.loss) for w in windows) / count if count else math.nan
-
-
-def last_step(config: ConfigDict) -> int:
-    """The step to train to: `num_steps`, or `stop_at` if that is set and earlier."""
-    return min(config.num_steps, config.stop_at or config.num_steps)
-
-
-def file_writers(config: ConfigDict, workdir: str, step: int) -> Iterator[writers.Writer]:
-    """The writers that leave files in `workdir`."""
-    yield writers.Jsonl(os.path.join(workdir, writers.METRICS_FILE), upto=step)
-    if config.tensorboard:
-        board = writers.TensorBoard(os.path.join(workdir, "tensorboard"))
-        board.write_hparams(configs.flat(config))
-        yield board
-    if config.sample_every:
-        yield writers.Pictures(os.path.join(workdir, "samples"))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.train import step as steps
-from diffjax.train.init_from import first_state_from
+from diffjax.train.checkpoint.init_from import first_state_from
 from diffjax.train.parallel import accumulate, pmap, sharding
 from diffjax.train.parallel.activations import constrained
 from diffjax.train.parallel.mesh import batch_groups

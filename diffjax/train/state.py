@@ -17,7 +17,7 @@ from diffjax.train.errors import ConfigError
 from diffjax.train.objectives import trained_schedule
 from diffjax.train.optim import schedule_free, snapshots
 from diffjax.train.parts import Parts, assemble
-from diffjax.train.workdir import read_config
+from diffjax.train.survival.workdir import read_config
 
 CHECKPOINTS = "checkpoints"
 RAW = "raw"

@@ -19,7 +19,7 @@ from diffjax.train.monitor import writers
 from diffjax.train.parts import prepare
 from diffjax.train.setup import use_compile_cache
 from diffjax.train.state import abstract_state, load_run
-from diffjax.train.workdir import locked, read_config
+from diffjax.train.survival.workdir import locked, read_config
 
 USER = """
 import os

@@ -25,7 +25,7 @@ from jax.sharding import Sharding
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel.cluster import Cluster
 from diffjax.train.parallel.peers import STALL_S, Verdict, Watch, catch_abort, refused, release_abort
-from diffjax.train.stopping import caught_signals
+from diffjax.train.survival.signals import caught_signals
 
 JOIN_S = 300
 MEET_S = 3600

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffjax.train.checkpoint import CheckpointError
 from diffjax.train.errors import WorkdirError
-from diffjax.train.workdir import CONFIG_FILE
+from diffjax.train.survival.workdir import CONFIG_FILE
 
 log = logging.getLogger(__name__)
 

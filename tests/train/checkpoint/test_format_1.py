@@ -12,7 +12,7 @@ from diffjax.train import loop, paths
 from diffjax.train.checkpoint import open_checkpoints
 from diffjax.train.parts import prepare
 from diffjax.train.state import abstract_state, load_run
-from diffjax.train.workdir import read_config
+from diffjax.train.survival.workdir import read_config
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format_1"
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from diffjax.train import loop
 from diffjax.train.checkpoint import CheckpointError, open_checkpoints, read_params
 from diffjax.train.errors import ConfigError
-from diffjax.train.workdir import read_config
+from diffjax.train.survival.workdir import read_config
 
 SETTINGS = dict(
     data="digits()",

@@ -10,8 +10,8 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from diffjax.train import loop, paths
+from diffjax.train.checkpoint.init_from import first_state_from, of_safetensors, save_params
 from diffjax.train.errors import ConfigError
-from diffjax.train.init_from import first_state_from, of_safetensors, save_params
 from diffjax.train.parallel import sharding
 from diffjax.train.parts import prepare
 from diffjax.train.state import abstract_state, init_state, load_run

@@ -20,7 +20,7 @@ from diffjax.train import paths
 from diffjax.train.errors import ConfigError
 from diffjax.train.parts import Parts
 from diffjax.train.state import CHECKPOINTS, RAW, TrainState, abstract_state, choose_ema, init_params, start_state
-from diffjax.train.workdir import CONFIG_FILE, read_config
+from diffjax.train.survival.workdir import CONFIG_FILE, read_config
 
 WEIGHTS = "params.safetensors"
 

@@ -1,0 +1,131 @@
+"""What the training loop works with: opened from a config and a folder, one part after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TextIO
+
+from ml_collections import ConfigDict
+
+from diffjax.data import batches
+from diffjax.train import config as configs
+from diffjax.train.checkpoint import open_checkpoints
+from diffjax.train.monitor import writers
+from diffjax.train.optim import snapshots
+from diffjax.train.parallel import processes, sharding
+from diffjax.train.parallel.flops import step_flops
+from diffjax.train.parallel.peers import Watch
+from diffjax.train.parts import Parts
+from diffjax.train.setup import compile_step, first_state
+from diffjax.train.state import CHECKPOINTS, TrainState, abstract_state
+from diffjax.train.survival import history, saving
+
+
+class Session(NamedTuple):
+    """A run that is open for training.
+
+    Attributes:
+      config, parts, workdir: of the run.
+      mesh: all devices.
+      places: a tree of shardings like the state.
+      iterator: of batches, with the memory of what went wrong.
+      checkpoints: of the run.
+      peers: the other processes of the run, or None.
+      terminal, files: the writers for a person, and those that leave files.
+      writer: both.
+      step_fn, empty: as from `compile_step`.
+      picture: `(params, step) -> image`, every `sample_every` steps, or None.
+      flops: `() -> float`, model FLOPs of one step.
+      windows: of metrics on the host, reported since the last checkpoint.
+      profile: the trace of chosen steps.
+      snapshots: of the averages, every `ema_snapshots` steps, or None.
+    """
+
+    config: ConfigDict
+    parts: Parts
+    workdir: str
+    mesh: Any
+    places: Any
+    iterator: Any
+    checkpoints: Any
+    peers: Watch | None
+    terminal: Any = None
+    files: Any = None
+    writer: Any = None
+    step_fn: Callable | None = None
+    empty: Callable | None = None
+    picture: Callable | None = None
+    flops: Callable[[], float] | None = None
+    windows: list | None = None
+    profile: Any = None
+    snapshots: Any = None
+
+    def restart(self) -> tuple[int, TrainState]:
+        """`(step, state)` of the newest checkpoint, to which the iterator is set, or of the start."""
+        return first_state(self.config, self.parts, self.checkpoints, self.iterator, self.places)
+
+
+def open_session(
+    config: ConfigDict, parts: Parts, workdir: str, stack: contextlib.ExitStack, *, peers: Watch | None = None
+) -> Session:
+    """The run with its checkpoints and its input; both are closed with `stack`."""
+    checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
+    stack.callback(checkpoints.close)
+    mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
+    index, count = processes.input_share(sharding.batch_sharding(mesh), config.batch_size)
+    reading = dict(config.input, seed=config.seed, augment=parts.augment, process_index=index, process_count=count)
+    iterator = history.Batches(batches(parts.dataset.train, config.batch_size, **reading))
+    stack.callback(iterator.close)
+    places = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
+    return Session(config, parts, workdir, mesh, places, iterator, checkpoints, peers, windows=[])
+
+
+def with_writers(session: Session, step: int, stream: TextIO | None, stack: contextlib.ExitStack) -> Session:
+    """The session that shows and writes what happens from `step` on; only the first process does either."""
+    config, first = session.config, processes.is_first()
+    quiet = None if first else stack.enter_context(open(os.devnull, "w"))
+    terminal = writers.Terminal(quiet or stream or sys.stderr, last_step(config), step)
+    make = lambda at: file_writers(config, session.workdir, at) if first else ()
+    files = saving.Files(make, step, config.on_save_error)
+    writer = writers.Several([terminal, files])
+    stack.callback(writer.close)
+    return session._replace(terminal=terminal, files=files, writer=writer)
+
+
+def with_programs(session: Session, step: int, state: TrainState, preview: Callable | None) -> Session:
+    """The session with its compiled step, and what draws its samples."""
+    config, parts = session.config, session.parts
+    session.checkpoints.reserve(state)
+    note(session, step, "compiling the training step ...")
+    step_fn, empty = compile_step(config, parts, session.mesh, session.places)
+    processes.meet("compiled")
+    picture = preview(config, parts) if preview and config.sample_every else None
+    flops = functools.cache(lambda: step_flops(config, parts).model)
+    if config.ema_snapshots:
+        note(session, step, snapshots.cost(config.ema_snapshots, last_step(config), state.ema))
+    return session._replace(step_fn=step_fn, empty=empty, picture=picture, flops=flops)
+
+
+def note(session: Session, step: int, text: str) -> None:
+    """Shows a line of text on the terminal."""
+    session.terminal.write_texts(step, {"note": text})
+
+
+def last_step(config: ConfigDict) -> int:
+    """The step to train to: `num_steps`, or `stop_at` if that is set and earlier."""
+    return min(config.num_steps, config.stop_at or config.num_steps)
+
+
+def file_writers(config: ConfigDict, workdir: str, step: int) -> Iterator[writers.Writer]:
+    """The writers that leave files in `workdir`."""
+    yield writers.Jsonl(os.path.join(workdir, writers.METRICS_FILE), upto=step)
+    if config.tensorboard:
+        board = writers.TensorBoard(os.path.join(workdir, "tensorboard"))
+        board.write_hparams(configs.flat(config))
+        yield board
+    if config.sample_every:
+        yield writers.Pictures(os.path.join(workdir, "samples"))
