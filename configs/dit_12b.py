@@ -1,8 +1,8 @@
 r"""A class-conditional DiT of 12 B parameters on 64 x 64 x 16 latents: what 256 TPU v5p would train.
 
     diffjax inspect --config=configs/dit_12b.py --mesh="data=4,fsdp=64,tensor=1" --accelerator=tpu_v5p
-    diffjax train --config=configs/dit_12b.py --config.data="latents(path='...')" --config.mesh="data=4,fsdp=64,tensor=1" \
-        --workdir=runs/dit_12b
+    diffjax train --config=configs/dit_12b.py --config.data="latents(path='...')" \
+        --config.mesh="data=4,fsdp=64,tensor=1" --workdir=runs/dit_12b
 
 The blocks of Peebles & Xie 2023 (arXiv:2212.09748) at width 4096, depth 40 and 32 heads, 1024 tokens, trained as flow
 matching with logit-normal times (Esser et al. 2024, arXiv:2403.03206). No quality is claimed: nobody trained it; it is
