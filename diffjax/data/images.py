@@ -88,7 +88,8 @@ class View:
         box = (0.0, 0.0, float(image.width), float(image.height))
         if self.crop != "none":
             scale = min(image.width / width, image.height / height) / zoom
-            across, down = width * scale, height * scale
+            # Rounding must not make the window wider than the image: it would begin below 0, which Pillow refuses.
+            across, down = min(width * scale, image.width), min(height * scale, image.height)
             left, top = at[0] * (image.width - across), at[1] * (image.height - down)
             box = (left, top, left + across, top + down)
         # Pillow's bicubic filter widens with the reduction, so that small images do not alias.
@@ -106,11 +107,15 @@ class ImageSource:
       positions: `[N]` which of them these are.
       view: what is seen of an image.
       buckets: `[N]` the bucket of each item, or None.
+      num_classes: labels are below it, and others make their item unreadable; 0 makes every label 0.
       captions: one text per item, or None; batches do not hold them, `BatchIterator.batch_ids` says which belong.
     """
 
-    def __init__(self, reader: Reader, positions: np.ndarray, view: View, buckets: np.ndarray | None = None):
+    def __init__(
+        self, reader: Reader, positions: np.ndarray, view: View, buckets: np.ndarray | None = None, *, num_classes: int
+    ):
         self.reader, self.positions, self.view, self.buckets = reader, positions, view, buckets
+        self.num_classes = num_classes
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -136,11 +141,14 @@ class ImageSource:
         try:
             record = self.reader[int(self.positions[index])]
             image = see(decode(record.image, self.view.channels))
+            label = int(record.label) if self.num_classes else 0
+            if self.num_classes and not 0 <= label < self.num_classes:
+                raise ValueError(f"label {label}; expected 0 .. {self.num_classes - 1}")
         except Exception as error:
             # Broken files raise a dozen kinds of exception; the pipeline counts all of them.
             reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
             raise Unreadable(self.name(index), reason) from error
-        return {"image": image, "label": np.int32(record.label)}
+        return {"image": image, "label": np.int32(label)}
 
 
 class Chosen(Sequence):
@@ -213,11 +221,10 @@ def image_dataset(
         groups, shapes = bucketed(reader, train, bucket_shapes(buckets, view.shapes[0]))
         view = View(shapes, crop, flip, zoom, channels)
     shape = (*view.shapes[0], channels)
+    evaluated = View(view.shapes[:1], "none" if crop == "none" else "center", channels=channels)
     return Dataset(
-        train=ImageSource(reader, train, view, groups),
-        heldout=ImageSource(
-            other, held, View(view.shapes[:1], "none" if crop == "none" else "center", channels=channels)
-        ),
+        train=ImageSource(reader, train, view, groups, num_classes=num_classes),
+        heldout=ImageSource(other, held, evaluated, num_classes=num_classes),
         shape=shape,
         num_classes=num_classes,
         to_pixels=PIXELS,

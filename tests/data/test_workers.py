@@ -89,7 +89,8 @@ def test_the_shards_of_the_processes_are_the_batch(pictures, augment, count):
         others = [make(process_index=p, process_count=3) for p in range(3)]
         for part in others:
             part.set_state(state)
-        bitwise({k: np.concatenate([next(p)[k] for p in others]) if k == "image" else want[k] for k in want}, want)
+        got = [next(part) for part in others]
+        bitwise({k: np.concatenate([g[k] for g in got]) for k in want}, want)
 
 
 def test_states_of_the_first_format_skips_and_ids(pictures):

@@ -63,6 +63,15 @@ def test_crop_none_is_pillows_resize_and_grey_is_its_luminance(pets):
         np.testing.assert_array_equal(data.to_pixels(item["image"])[..., 0], np.asarray(want))
 
 
+def test_a_window_of_the_images_own_width_is_not_made_wider_by_rounding(tmp_path):
+    rng = np.random.default_rng(4)
+    for i, size in enumerate([(225, 240), (240, 225)]):  # 224 * (225 / 224) is 225.00000000000003.
+        picture(rng, *size).save(tmp_path / f"{i}.png")
+    for name, item in both(data := folder(str(tmp_path), 224, heldout=1)):
+        want = ImageOps.fit(Image.open(name), (224, 224), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(data.to_pixels(item["image"]), np.asarray(want))
+
+
 def test_images_of_the_wanted_size_come_back_bit_for_bit(tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (5, 7, 6, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):

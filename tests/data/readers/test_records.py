@@ -6,7 +6,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from diffjax.data import batches
+from diffjax.data import Unreadable, batches
 from diffjax.data.readers import array_record
 from diffjax.data.readers.records import example
 
@@ -53,6 +53,12 @@ def test_a_decoder_of_ones_own(tmp_path, monkeypatch):
         number = int(data.train.positions[i])
         np.testing.assert_array_equal(data.to_pixels(data.train[i]["image"]), PIXELS[number])
         assert data.train[i]["label"] == number % 2
+    few = array_record(str(tmp_path / "raw.array_record"), decode=f"{MODULE}:decode", num_classes=1, heldout=1)
+    odd = int(np.flatnonzero(few.train.positions % 2)[0])
+    with pytest.raises(Unreadable, match="record .*: label 1; expected 0 .. 0"):
+        few.train[odd]
+    none = array_record(str(tmp_path / "raw.array_record"), decode=f"{MODULE}:decode", heldout=1)
+    assert none.num_classes == 0 and none.train[odd]["label"] == 0
     with pytest.raises(ValueError, match="unknown decode 'exmple'.*did you mean 'example'"):
         array_record(str(tmp_path / "raw.array_record"), decode="exmple")
 
