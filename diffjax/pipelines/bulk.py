@@ -113,14 +113,14 @@ def sample_many(
         "num": num, "shard_size": shard_size, "shards": math.ceil(num / shard_size), "seed": seed,
         "labels": labels, "classes": check_classes(classes, run.dataset.num_classes), "batch_size": batch_size,
         "settings": plain(chosen), "data": run.config.data, "step": int(run.step),
-        "ema": ema or (run.config.ema[0] if run.config.ema else "raw"), "params_sha256": digest(run.params),
+        "ema": run.ema, "params_sha256": digest(run.params),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, index)
     with locked(folder, part):
         mine = range(part[0], index["shards"], part[1])
         sizes = {number: len(seeds_of(index, number)) for number in mine}
-        left = [number for number in mine if not finished(folder, index, number, run.dataset)]
+        left = [number for number in mine if not finished(folder, index, number)]
         total, todo = sum(sizes.values()), sum(sizes[number] for number in left)
         drawn = draw_shards(run, chosen, folder, index, left, part=part, devices=devices, total=total)
     complete = all(shard_path(folder, index, number).exists() for number in range(index["shards"]))
@@ -243,7 +243,7 @@ def labels_of(index: dict, seeds: np.ndarray) -> np.ndarray:
     return classes[np.asarray(draw(keys_of(seeds)))]
 
 
-def finished(folder: Path, index: dict, number: int, dataset) -> bool:
+def finished(folder: Path, index: dict, number: int) -> bool:
     """Whether a shard is there, undamaged, and holds the samples that the index says."""
     path, seeds = shard_path(folder, index, number), seeds_of(index, number)
     try:
@@ -252,7 +252,8 @@ def finished(folder: Path, index: dict, number: int, dataset) -> bool:
                 return False
         with np.load(path) as arrays:
             same = np.array_equal(arrays["seeds"], seeds) and np.array_equal(arrays["labels"], labels_of(index, seeds))
-            return same and arrays["images"].shape == (len(seeds), *dataset.shape)
+            # Their shape is the decoder's, where the data are latents.
+            return same and len(arrays["images"]) == len(seeds)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return False
 
@@ -275,11 +276,20 @@ def draw_shards(run, settings: Settings, folder: Path, index: dict, left: list[i
             path = shard_path(folder, index, number)
             unfinished = path.with_name(f"{path.name}.{part[0]}-of-{part[1]}.part")
             with open(unfinished, "wb") as file:
-                np.savez(file, images=np.asarray(run.dataset.to_pixels(x)), labels=labels, seeds=seeds)
+                np.savez(file, images=pixels_of(run.dataset, x, index["batch_size"]), labels=labels, seeds=seeds)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
     return time.perf_counter() - begun
+
+
+def pixels_of(dataset, x: np.ndarray, batch_size: int) -> np.ndarray:
+    """The integers of samples `[N, ...]`, in batches of one size: a decoder of latents holds no more at once."""
+    parts = []
+    for start in range(0, len(x), batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), len(x) - 1)
+        parts.append(np.asarray(dataset.to_pixels(x[rows]))[: len(x) - start])
+    return np.concatenate(parts)
 
 
 def compile_on_devices(run, settings: Settings, batch_size: int, devices=None) -> Callable:
@@ -336,14 +346,21 @@ def read_samples(folder: str | os.PathLike, run) -> tuple[Samples, dict]:
     if index["data"] != run.config.data:
         raise ValueError(f"{os.fspath(folder)!r} holds samples of {index['data']}, the run is one of {run.config.data}")
     numbers = range(index["shards"])
-    missing = [shard_path(folder, index, n).name for n in numbers if not finished(folder, index, n, run.dataset)]
+    missing = [shard_path(folder, index, n).name for n in numbers if not finished(folder, index, n)]
     if missing:
         raise ValueError(
             f"{os.fspath(folder)!r}: {len(missing)} of {index['shards']} shards are missing or damaged, the first is "
             f"{missing[0]}; run its `diffjax sample` again, it goes on"
         )
-    shards = [dict(np.load(shard_path(folder, index, n))) for n in numbers]
-    images, labels, seeds = (np.concatenate([s[name] for s in shards]) for name in ("images", "labels", "seeds"))
+    seeds = index["seed"] + np.arange(index["num"], dtype=np.int64)
+    labels, images = labels_of(index, seeds), None
+    for number in numbers:
+        with np.load(shard_path(folder, index, number)) as arrays:
+            part = arrays["images"]
+        # Tens of thousands of images take gigabytes: they are held once.
+        images = np.empty((len(seeds), *part.shape[1:]), part.dtype) if images is None else images
+        start = number * index["shard_size"]
+        images[start : start + len(part)] = part
     values = index["settings"] | {"interval": tuple(float(end) for end in index["settings"]["interval"])}
     settings = settings_of(values)
     return Samples(None, images, labels, seeds, settings, cost(run, settings), 0.0, ()), index

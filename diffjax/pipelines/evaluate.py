@@ -103,7 +103,7 @@ def evaluate(
     draw = sampling_program(run, math.ceil(num / max(1, round(num / batch))))
     labels = stratified(run.dataset, num)
     drawn = [draw(settings, (seed + r) * SEED_STRIDE + np.arange(num), labels, "samples") for r in range(repeats)]
-    report = facts(run, settings, drawn, ema=ema, seed=seed) | scored(run, judge, settings, drawn)
+    report = facts(run, settings, drawn, seed=seed) | scored(run, judge, settings, drawn)
     report["rows"] |= baselines
     lap("samples")
     report["heldout"] = heldout_loss(run, batch_size=batch)
@@ -140,8 +140,8 @@ def evaluate_samples(
     folder = Path(out) if out is not None else Path(samples) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     judge, few = judges.judge_of(run), len(drawn.labels) <= MANY
-    about = facts(run, drawn.settings, [drawn], ema=index["ema"], seed=index["seed"])
-    about |= {"step": index["step"], "params_sha256": index["params_sha256"], "sampling_seconds": []}
+    about = facts(run, drawn.settings, [drawn], seed=index["seed"])
+    about |= {name: index[name] for name in ("step", "ema", "params_sha256")} | {"sampling_seconds": []}
     report = about | scored(run, judge, drawn.settings, [drawn], judges.score if few else judges.brief)
     report["rows"] |= named(judges.rows(judge))
     if not few:
@@ -337,7 +337,7 @@ def named(baselines: Mapping[str, Mapping]) -> dict:
     return {NAMES.get(key, key): row for key, row in baselines.items()}
 
 
-def facts(run, settings: Settings, drawn: list[Samples], *, ema, seed: int) -> dict:
+def facts(run, settings: Settings, drawn: list[Samples], *, seed: int) -> dict:
     """What the numbers depend on: run, settings, cost, versions, device."""
     from importlib.metadata import version
 

@@ -89,7 +89,7 @@ def generate(
     samples = draw_samples(run, settings, every, labels, batch_size=batch_size, show="sampling")
     base = Path(out) if out is not None else Path(workdir) / "samples"
     base = base.with_suffix("") if base.suffix in (".png", ".npz") else base / "samples"
-    samples = samples._replace(files=write(base, samples, run, columns=len(chosen), ema=ema))
+    samples = samples._replace(files=write(base, samples, run, columns=len(chosen)))
     where = ", ".join(map(str, samples.files))
     sys.stdout.write(f"{len(every)} samples: {describe(settings, samples.cost)}, {samples.seconds:.1f} s -> {where}\n")
     return samples
@@ -177,7 +177,7 @@ def describe(settings: Settings, spent: Cost) -> str:
     return f"{settings.solver}, {spent.steps} steps, {guidance}: {spent.evaluations} network evaluations per sample"
 
 
-def write(base: Path, samples: Samples, run, *, columns: int, ema: str | None = None) -> tuple[Path, ...]:
+def write(base: Path, samples: Samples, run, *, columns: int) -> tuple[Path, ...]:
     """Writes `base.npz` and `base.png`, the folder made where missing; the two paths come back."""
     from diffjax import __version__, viz
 

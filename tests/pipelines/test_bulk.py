@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from diffjax import cli
 from diffjax.pipelines import bulk, evaluate
 from diffjax.pipelines.generate import draw_samples
+from diffjax.pipelines.latents import write_latents
 from diffjax.pipelines.sampler import settings_for
 from diffjax.train import loop
 from diffjax.train.errors import WorkdirError
@@ -26,18 +27,21 @@ ROOT = Path(__file__).parents[2]
 QUICK = dict(steps=3, batch_size=8, shard_size=20)
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "mlp"
+def trained(folder, data="digits()"):
     config = ConfigDict(
         dict(
-            data="digits()", batch_size=8, num_steps=2, ema=("decay(0.5)",), model=dict(name="mlp", width=8, depth=1),
+            data=data, batch_size=8, num_steps=2, ema=("decay(0.5)",), model=dict(name="mlp", width=8, depth=1),
             optim=dict(lr=1e-2),
         )
     )  # fmt: skip
     with open(os.devnull, "w") as null:
         loop.train(config, str(folder), stream=null)
     return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("runs") / "mlp")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,35 @@ def test_finished_shards_are_kept_and_damaged_ones_drawn_again(workdir, whole, t
     done = bulk.sample_many(workdir, 70, out=tmp_path, **QUICK)
     assert (done.drawn, done.kept, done.complete) == (60, 10, True) and sums(tmp_path) == sums(whole)
     assert (tmp_path / names[3]).stat().st_mtime_ns == before and not left.exists()
+
+
+MODULE = "user_of_test_bulk"
+CODEC = """
+sizes = []
+
+def encode(images):
+    return images[:, ::2, ::2]
+
+def decode(latents):
+    sizes.append(len(latents))
+    return latents.repeat(2, 1).repeat(2, 2)
+"""
+
+
+def test_samples_of_latents_are_kept_as_decoded_images(tmp_path, monkeypatch):
+    (tmp_path / f"{MODULE}.py").write_text(CODEC)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_latents("digits()", f"{MODULE}:encode", str(tmp_path / "latents"), shards=1)
+    folder = trained(tmp_path / "run", f"latents(path={str(tmp_path / 'latents')!r}, decode='{MODULE}:decode')")
+    sizes = __import__(MODULE).sizes
+    sizes.clear()
+    first = bulk.sample_many(folder, 30, out=tmp_path / "out", **QUICK)
+    assert set(sizes) == {8}  # A decoder never gets more than a batch.
+    again = bulk.sample_many(folder, 30, out=tmp_path / "out", **QUICK)
+    assert (first.drawn, again.drawn, again.kept) == (30, 0, 30)
+    found, _ = bulk.read_samples(tmp_path / "out", load_run(str(folder)))
+    assert found.images.shape == (30, 8, 8, 1)
+    np.testing.assert_array_equal(found.images[:, ::2, ::2], found.images[:, 1::2, 1::2])
 
 
 def test_other_settings_are_refused_with_every_difference(workdir, whole):
@@ -178,6 +211,7 @@ def test_a_folder_is_evaluated_without_drawing(workdir, whole, tmp_path, monkeyp
     assert cli.main(argv) == 0
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     row = next(iter(report["rows"].values()))
+    assert report["ema"] == "decay(0.5)" and report["step"] == 2
     run = load_run(str(workdir))
     found, _ = bulk.read_samples(whole, run)
     assert row == pytest.approx(evaluate.judges.brief(evaluate.judges.judge_of(run), found.images, found.labels))
