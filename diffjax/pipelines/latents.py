@@ -68,8 +68,9 @@ def write_latents(
       stream: where progress is written.
 
     Raises:
-      ValueError: for a data set or an encoder that cannot be built, another number of shards, data or encoder than
-        those that `out` was begun with, or latents that are not finite or not one per image.
+      ValueError: for a data set or an encoder that cannot be built, another number of shards, data (also other files in
+        it, which would fall into other halves) or encoder than those that `out` was begun with, or latents that are not
+        finite or not one per image.
       UnreadableError: for more unreadable images than allowed.
     """
     dataset = registry.build(data, SOURCES, "data")
@@ -81,7 +82,8 @@ def write_latents(
         raise ValueError(f"{given}: expected batch_size and threads at least 1, and process 0 .. count - 1")
     plan = shards_of(dataset, shards)
     root.mkdir(parents=True, exist_ok=True)
-    settle(root, {"data": data, "encode": encode, "shards": shards, "batch_size": batch_size, "max_bad": max_bad})
+    halves = {split: contents(getattr(dataset, split)) for split in ("train", "heldout")}
+    settle(root, {"data": data, "encode": encode, "shards": shards, "batch_size": batch_size} | halves)
     mine = [shard for i, shard in enumerate(plan) if i % process_count == process_index]
     left = [shard for shard in mine if facts_of(root, shard) is None]
     total, kept = sum(s.stop - s.start for s in left), len(mine) - len(left)
@@ -115,6 +117,16 @@ def shards_of(dataset: Any, shards: int) -> list[Shard]:
     return found
 
 
+def contents(source: Any) -> str:
+    """How many items a source has and, where they have names, the CRC-32 of these in their order."""
+    if not hasattr(source, "name"):
+        return f"{len(source)} items"
+    value = 0
+    for i in range(len(source)):
+        value = zlib.crc32(os.fsencode(source.name(i)), value)
+    return f"{len(source)} items, {value:08x}"
+
+
 def settle(root: Path, settings: dict) -> None:
     """Writes what the latents are of, or compares it with what is there.
 
@@ -143,6 +155,7 @@ def write_shard(work: Work, shard: Shard) -> None:
         work.advance(len(items))
     if not parts:
         raise UnreadableError(f"no image of {shard.name} can be read: {'; '.join(skipped[:8])}")
+    total, squares = moments(parts)
     rows = np.concatenate(parts)
     file = work.out / f"{shard.name}.npy"
     part = f"{file}.part"
@@ -150,15 +163,22 @@ def write_shard(work: Work, shard: Shard) -> None:
         np.save(stream, rows, allow_pickle=False)
         stream.flush()
         os.fsync(stream.fileno())
-    exact = rows["latent"].astype(np.float64)
     facts = {"file": file.name, "count": len(rows), "bytes": os.path.getsize(part), "crc32": crc32(part)}
-    facts |= {"shape": list(exact.shape[1:]), "sum": exact.sum((0, 1, 2)).tolist(), "skipped": skipped}
-    facts["squares"] = (exact**2).sum((0, 1, 2)).tolist()
+    facts |= {"shape": list(rows["latent"].shape[1:]), "sum": total, "squares": squares, "skipped": skipped}
     texts = getattr(getattr(work.dataset, shard.split), "captions", None)
     if texts is not None:
         facts["captions"] = [texts[i] for i in kept]
     os.replace(part, file)
     write_json(file.with_suffix(".json"), facts)
+
+
+def moments(parts: list[np.ndarray]) -> tuple[list[float], list[float]]:
+    """`(sums, sums of squares)` of each channel of some rows, in float64, which is held for a batch at a time."""
+    total, squares = 0.0, 0.0
+    for part in parts:
+        exact = part["latent"].astype(np.float64)
+        total, squares = total + exact.sum((0, 1, 2)), squares + (exact**2).sum((0, 1, 2))
+    return total.tolist(), squares.tolist()
 
 
 def encode_rows(work: Work, items: list[dict]) -> np.ndarray:
@@ -202,7 +222,7 @@ def read(work: Work, shard: Shard, skipped: list[str]) -> Iterator[tuple[list[in
         if len(skipped) > work.max_bad:
             raise UnreadableError(
                 f"{len(skipped)} images of {shard.name} cannot be read, and the limit is {work.max_bad}: "
-                f"{'; '.join(skipped[:8])}; mend or remove them, or raise --max_bad"
+                f"{'; '.join(skipped[:8])}; mend them, or raise --max_bad to leave them out"
             )
         read = [(i, item) for i, item in zip(indices, found, strict=True) if not isinstance(item, str)]
         if read:

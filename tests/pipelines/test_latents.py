@@ -140,13 +140,18 @@ def test_captions_go_along_and_unreadable_images_are_left_out_up_to_the_limit(us
     Path(lost).write_bytes(b"nothing")
     with pytest.raises(UnreadableError, match=rf"1 images of train-.*limit is 0: {lost}: not an image.*--max_bad"):
         write_latents(spec, f"{MODULE}:encode", str(user / "none"), shards=2, batch_size=2)
-    write_latents(spec, f"{MODULE}:encode", str(user / "some"), shards=2, batch_size=2, max_bad=1)
-    made = registry.build(f"latents(path={str(user / 'some')!r}, std=0)", SOURCES, "data")
+    # The same folder goes on with another limit.
+    write_latents(spec, f"{MODULE}:encode", str(user / "none"), shards=2, batch_size=2, max_bad=1)
+    made = registry.build(f"latents(path={str(user / 'none')!r}, std=0)", SOURCES, "data")
     assert len(made.train) == 5
     for i in range(5):
         number = int(made.train.captions[i][-1])
         # (pixel / 127.5 - 1 + 0.5) * 3, in float32.
         np.testing.assert_allclose(made.train[i]["image"], (30 * number / 127.5 - 0.5) * 3, rtol=1e-6)
+    # Without the lost file the others would fall into other halves than those of the finished shards.
+    Path(lost).rename(user / "away.png")
+    with pytest.raises(ValueError, match="other settings.*train: '6 items, .*' -> '5 items"):
+        write_latents(spec, f"{MODULE}:encode", str(user / "none"), shards=2, batch_size=2, max_bad=1)
 
 
 def test_wrong_settings_encoders_and_folders_are_named(user, capsys):
