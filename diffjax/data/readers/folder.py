@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,14 @@ def folder(
 
     Raises:
       FileNotFoundError: if there is no such folder, or it holds no image.
-      ValueError: for settings that are not possible, images of which only some are labelled, or a broken table.
+      ValueError: for settings that are not possible, images of which only some are labelled, a broken table, or a
+        held-out folder whose images are among those to train on.
     """
     reader = read_folder(path, labels=labels)
     held = heldout
     if isinstance(heldout, str):
         held = read_folder(heldout, labels=labels, classes=reader.classes)
+        refuse_shared(reader, held)
     return image_dataset(
         reader, size=size, crop=crop, flip=flip, zoom=zoom, channels=channels, buckets=buckets, heldout=held,
         split_seed=split_seed, num_classes=0 if reader.labels is None else max(reader.labels) + 1,
@@ -110,6 +113,24 @@ def read_folder(path: str, *, labels: bool = True, classes: tuple = ()) -> Folde
         found, classes = class_labels(files, classes, root)
     texts = TextFiles(root, files) if all(_text(root, file) for file in files) else None
     return FolderReader(root, files, found, classes, texts)
+
+
+def refuse_shared(reader: FolderReader, held: FolderReader) -> None:
+    """Compares two folders of images, one to train on and one held out.
+
+    Raises:
+      ValueError: if a file is in both, or only one of them is labelled.
+    """
+    every = lambda r: {os.path.normpath(os.path.join(os.path.realpath(r.root), file)) for file in r.files}
+    if shared := sorted(every(reader) & every(held)):
+        raise ValueError(
+            f"heldout={str(held.root)!r}: {len(shared)} of its images would be trained on, such as {shared[0]!r}; move "
+            f"the folder out of {str(reader.root)!r}, or give a share such as heldout=0.1"
+        )
+    if (reader.labels is None) != (held.labels is None):
+        raise ValueError(
+            f"only one of {str(reader.root)!r} and heldout={str(held.root)!r} has labels; give both, or labels=False"
+        )
 
 
 def class_labels(files: Sequence[str], classes: tuple, root: Path) -> tuple[list[int], tuple[str, ...]]:
@@ -137,17 +158,26 @@ def read_table(path: Path) -> tuple[list[str], list[int] | None, list[str] | Non
     """`(file names, labels or None, captions or None)` of a `metadata.jsonl` or `metadata.csv`.
 
     Raises:
-      ValueError: for a row without `file_name`, a label that is no integer from 0, or columns that only some rows have.
+      ValueError: for a row without `file_name` or with that of another, a label that is no integer from 0, or columns
+        that only some rows have.
     """
-    with open(path, encoding="utf-8", newline="") as stream:
+    # Spreadsheets put a byte order mark in front.
+    with open(path, encoding="utf-8-sig", newline="") as stream:
         try:
             lines = (line for line in stream if line.strip())
             rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else list(csv.DictReader(stream))
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{str(path)!r}: {error}") from None
-    wrong = next((i for i, row in enumerate(rows) if not isinstance(row, dict) or not row.get("file_name")), None)
+    named = lambda row: isinstance(row, dict) and isinstance(row.get("file_name"), str) and row["file_name"]
+    wrong = next((i for i, row in enumerate(rows) if not named(row)), None)
     if not rows or wrong is not None:
         raise ValueError(f"{str(path)!r}: row {(wrong or 0) + 1} has no file_name; expected file_name, label, text")
+    names = [row["file_name"] for row in rows]
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise ValueError(
+            f"{str(path)!r}: {twice!r} comes more than once, so it could be trained on and held out; give a file one row"
+        )
     columns = {}
     for name in ("label", "text", "caption"):
         values = [row.get(name) for row in rows]
@@ -162,7 +192,7 @@ def read_table(path: Path) -> tuple[list[str], list[int] | None, list[str] | Non
             raise ValueError(f"{str(path)!r}: label {wrong!r}; expected integers from 0")
         labels = [int(v) for v in labels]
     texts = columns["text"] or columns["caption"]
-    return [row["file_name"] for row in rows], labels, None if texts is None else [str(text) for text in texts]
+    return names, labels, None if texts is None else [str(text) for text in texts]
 
 
 def _walk(root: Path, below: str):

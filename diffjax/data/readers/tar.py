@@ -153,18 +153,20 @@ def tar(
 
 
 def matching(path: str | tuple[str, ...], what: str) -> list[str]:
-    """The files that a pattern or a tuple of patterns names, sorted.
+    """The files that a pattern or a tuple of patterns names, those of each sorted, each file once.
 
     Raises:
       FileNotFoundError: if a pattern fits none.
     """
     found = []
     for pattern in (path,) if isinstance(path, str) else path:
-        files = sorted(glob.glob(os.path.expanduser(pattern)))
+        name = os.path.expanduser(pattern)
+        # A file may be called like a pattern, as in `set[1].tar`.
+        files = [name] if os.path.isfile(name) else sorted(f for f in glob.glob(name) if not f.endswith(INDEX))
         if not files:
             raise FileNotFoundError(f"no file {pattern!r}; {what}")
-        found += [file for file in files if not file.endswith(INDEX)]
-    return found
+        found += files
+    return list(dict.fromkeys(found))
 
 
 def index_of(shard: str) -> list:

@@ -125,7 +125,7 @@ def test_a_table_names_files_labels_and_captions(pets, table):
         text = "\n".join(map(json.dumps, rows)) + "\n"
     else:
         text = "file_name,label,text\n" + "".join(f'{r["file_name"]},{r["label"]},"{r["text"]}"\n' for r in rows)
-    (pets / table).write_text(text)
+    (pets / table).write_text(text, encoding="utf-8-sig")  # As spreadsheets save it.
     data = folder(str(pets), 8, heldout=2)
     assert (len(data.train), data.num_classes) == (3, 3)
     for source in (data.train, data.heldout):
@@ -153,10 +153,17 @@ def test_another_folder_is_held_out_with_the_classes_of_the_first(pets, tmp_path
     Image.new("RGB", (9, 9)).save(other / "dogs" / "a.png")
     data = folder(str(pets), 8, heldout=str(other))
     assert (len(data.train), len(data.heldout)) == (12, 1) and data.heldout[0]["label"] == 1
+    with pytest.raises(ValueError, match="1 of its images would be trained on, such as '.*dogs/a.png'"):
+        folder(str(other), 8, heldout=str(other / ".." / other.name))
     (other / "mice").mkdir()
     Image.new("RGB", (9, 9)).save(other / "mice" / "a.png")
     with pytest.raises(ValueError, match="mice.*not among those to train on: cats, dogs"):
         folder(str(pets), 8, heldout=str(other))
+    loose = tmp_path_factory.mktemp("loose")
+    Image.new("RGB", (9, 9)).save(loose / "a.png")
+    with pytest.raises(ValueError, match="only one of .* has labels"):
+        folder(str(pets), 8, heldout=str(loose))
+    assert len(folder(str(pets), 8, heldout=str(loose), labels=False).heldout) == 1
 
 
 def test_buckets_give_each_batch_one_shape_near_the_aspect_of_its_items_and_visit_all_equally(tmp_path):
@@ -223,6 +230,7 @@ def test_missing_empty_and_half_labelled_folders_and_broken_tables_are_named(pet
         ('{"file": "a"}', "row 1 has no file_name"),
         ('{"file_name": "a", "label": "x"}', "label 'x'"),
         ('{"file_name": "a", "text": "t"}\n{"file_name": "b"}', "row 2 has no 'text'"),
+        ('{"file_name": "a"}\n{"file_name": "b"}\n{"file_name": "a"}', "'a' comes more than once"),
         ("{", "metadata.jsonl"),
     ]:
         (pets / "metadata.jsonl").write_text(text)

@@ -85,6 +85,10 @@ def test_unlabelled_compressed_damaged_and_missing_shards(tmp_path, shards):
     write(tmp_path / "plain.tar", [(f"{i}.png", png(pixels[i])) for i in range(3)])
     data = tar(str(tmp_path / "plain.tar"), heldout=1)
     assert data.num_classes == 0 and data.train.captions is None and data.train[0]["label"] == 0
+    # A name that reads like a pattern, and two patterns that fit one file.
+    (tmp_path / "plain.tar").rename(tmp_path / "plain[1].tar")
+    twice = tar((str(tmp_path / "plain[1].tar"), str(tmp_path / "plain*.tar")), heldout=1)
+    assert len(twice.train) + len(twice.heldout) == 3
     write(tmp_path / "half.tar", [("0.png", png(pixels[0])), ("0.cls", b"1"), ("1.png", png(pixels[1]))])
     with pytest.raises(ValueError, match=r"half\.tar:1 has no label"):
         tar(str(tmp_path / "half.tar"), heldout=1)
