@@ -176,7 +176,7 @@ def read_table(path: Path) -> tuple[list[str], list[int] | None, list[str] | Non
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise ValueError(
-            f"{str(path)!r}: {twice!r} comes more than once, so it could be trained on and held out; give a file one row"
+            f"{str(path)!r}: {twice!r} comes more than once, so could be trained on and held out; give a file one row"
         )
     columns = {}
     for name in ("label", "text", "caption"):
