@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffjax.pipelines.generate import largest_pixel
 from diffjax.pipelines.sampler import check_guidance, compile_sampler, grid, in_batches, settings_of
 from diffjax.train.parts import Parts
 from diffjax.train.state import Run, opened
@@ -45,8 +46,8 @@ def preview(config: ConfigDict, parts: Parts) -> Callable[[dict, int], np.ndarra
         # A schedule that is trained is another one each time, and so is the sampler.
         levels, draw = built if run.schedule is base.schedule else build(run)
         one = lambda keys, labels: draw(params, keys, labels, levels, settings.guidance)
-        x = in_batches(one, seeds, labels, batch_size=ROWS * COLUMNS)
-        return sheet(np.clip((x + 1) * 127.5, 0, 255).round().astype(np.uint8), COLUMNS)
+        pixels = parts.dataset.to_pixels(in_batches(one, seeds, labels, batch_size=ROWS * COLUMNS))
+        return sheet((pixels * (255 / largest_pixel(parts.dataset))).round().astype(np.uint8), COLUMNS)
 
     return picture
 

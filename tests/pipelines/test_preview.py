@@ -7,9 +7,11 @@ import numpy as np
 from matplotlib.image import imread
 from ml_collections import ConfigDict
 
+from diffjax.data import Pixels
 from diffjax.pipelines.preview import preview, sheet
 from diffjax.train.checkpoint import open_checkpoints
 from diffjax.train.loop import train
+from diffjax.train.parts import prepare
 
 
 def test_a_sheet_has_the_images_row_by_row():
@@ -22,6 +24,27 @@ def test_a_sheet_has_the_images_row_by_row():
     assert (page[40:42] == 128).all() and (page[:, 32:34] == 128).all()
     # 8 x 8 images are enlarged four times, and of 4 channels three are shown.
     assert sheet(np.zeros((2, 8, 8, 4), np.uint8), 2).shape == (32, 66, 3)
+
+
+class Halving:
+    """A decoder: the integers 0 .. 16 of images of twice the size."""
+
+    high = 16
+
+    def __call__(self, x):
+        return Pixels(16)(np.asarray(x).repeat(2, 1).repeat(2, 2))
+
+
+def test_a_picture_shows_what_the_data_set_makes_of_samples():
+    resolved, parts = prepare(config(sample=dict(steps=1)))
+    parts = parts._replace(dataset=parts.dataset._replace(to_pixels=Halving()))
+    page = preview(resolved, parts)(parts.model.init(jax.random.key(0)), 0)
+    # 8 x 8 digits, decoded to 16 x 16 and enlarged twice.
+    assert page.shape == (4 * 34 - 2, 10 * 34 - 2, 1)
+    blocks = page[:32, :32, 0].reshape(8, 4, 8, 4)
+    assert (blocks == blocks[:, :1, :, :1]).all()
+    # Sixteenths of 255.
+    assert set(np.unique(blocks)) <= {round(i * 255 / 16) for i in range(17)}
 
 
 def config(**changes):
