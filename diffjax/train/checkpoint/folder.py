@@ -20,6 +20,7 @@ from diffjax.train.checkpoint import read as reads
 from diffjax.train.checkpoint.blocks import Staging
 from diffjax.train.checkpoint.errors import CheckpointError, Damaged
 from diffjax.train.checkpoint.item import BlocksSave
+from diffjax.train.parallel import processes
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,10 @@ class Checkpoints:
         }
         args = ocp.args.Composite(**{metas.STATE: BlocksSave(staged), metas.META: ocp.args.JsonSave(metas.seal(meta))})
         with self._writing(step):
+            if self._damaged and self._manager is not None:
+                # It was opened before they were found damaged, and takes them for saved.
+                self._manager.close()
+                self._manager = None
             if self._manager is None:
                 self._manager = self._open_manager()
             self._scores[step] = self._score(meta)
@@ -147,7 +152,7 @@ class Checkpoints:
             wanted = {name: reads.boxes(leaf) for name, leaf in like.items()}
             return {name: reads.place(found, like[name]) for name, found in reads.read_leaves(folder, meta, wanted)}
 
-        found = self._first_sound(read, step, agree=jax.process_count() > 1)
+        found = self._first_sound(read, step, agree=True)
         if found is None:
             return None
         at, meta, leaves = found
@@ -158,15 +163,17 @@ class Checkpoints:
             iterator.set_state(meta["iterator"])
         return at, state
 
-    def restore_part(self, prefix: str, step: int | None = None) -> tuple[int, dict] | None:
+    def restore_part(self, prefix: str, step: int | None = None, *, host: bool = False) -> tuple[int, dict] | None:
         """`(step, tree)` with the leaves whose names start with `prefix/` alone, read and verified, for inference.
 
         Args:
           prefix: `"params"`, or `"ema/decay(0.999)"`.
           step: as `restore`.
+          host: leaves the arrays in host memory, whatever devices there are.
 
         Returns:
-          The tree as nested dicts of jax arrays on the default device, keys as strings; None if there is no checkpoint.
+          The tree as nested dicts of jax arrays on the default device, or of numpy arrays, keys as strings; None if
+          there is no checkpoint.
 
         Raises:
           CheckpointError: as `restore`.
@@ -179,7 +186,8 @@ class Checkpoints:
                 known = sorted({n.rpartition("/")[0] for n in meta["leaves"]})
                 raise ValueError(f"checkpoint {folder} has nothing under {prefix!r}; it has: {', '.join(known)}")
             wanted = {name: [reads.whole(entry)] for name, entry in table.items()}
-            return {name: reads.place(found, None) for name, found in reads.read_leaves(folder, meta, wanted)}
+            like = np.empty(0) if host else None
+            return {name: reads.place(found, like) for name, found in reads.read_leaves(folder, meta, wanted)}
 
         found = self._first_sound(read, step)
         if found is None:
@@ -277,19 +285,19 @@ class Checkpoints:
         With `agree`, what one process finds damaged or does not see is passed over by all.
         """
         self.wait()
-        steps = self.steps()
+        steps, least = self.steps(), processes.least if agree else int
         if step is not None and step not in steps:
             raise CheckpointError(self._absent(step))
         tried, left = {}, steps if step is None else [step]
         while left := [at for at in left if at not in tried]:
-            at, found, reason = _least(left[-1], agree), None, "another process cannot read it"
+            at, found, reason = least(left[-1]), None, "another process cannot read it"
             folder = self.directory / str(at)
             try:
                 meta = metas.read_meta(folder)
                 found = at, meta, read(folder, meta)
             except Damaged as error:
                 reason = str(error)
-            if _least(found is not None, agree):
+            if least(found is not None):
                 return found
             tried[at] = reason
             if step is None:
@@ -332,15 +340,6 @@ class _Best:
         scored = [(self._scores.get(info.step, math.inf), -info.step) for info in checkpoints]
         best = min((pair for pair in scored if pair[0] < math.inf), default=None)
         return [pair == best for pair in scored]
-
-
-def _least(value: int, agree: bool) -> int:
-    """The smallest value that any process has."""
-    if not agree:
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(np.min(multihost_utils.process_allgather(np.asarray(value, np.int32))))
 
 
 def _check_fit(where: str, table: Mapping[str, dict], like: Mapping[str, Any]) -> None:

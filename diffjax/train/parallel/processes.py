@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed  # The client of the coordination service has no public name; Orbax takes it from here.
 from jax.sharding import Sharding
 
@@ -164,6 +165,15 @@ def meet(name: str, *, timeout_s: int = MEET_S) -> None:
     client.wait_at_barrier(f"diffjax/meet/{name}/{call}", timeout_s * 1000)
 
 
+def least(value: int) -> int:
+    """The smallest value that any process has; a collective operation, which all of them must come to."""
+    if jax_count() == 1:
+        return int(value)
+    from jax.experimental import multihost_utils
+
+    return int(np.min(multihost_utils.process_allgather(np.asarray(value, np.int32))))
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], int | None]]:
     """`asked(step)`: the signal that stops the run after `step` updates, or None; the same on every process.
@@ -253,13 +263,20 @@ def joined(
 
 
 def _fail(watch: Watch, error: BaseException, code: int, text: str) -> None:
-    verdict = watch.explain() if isinstance(error, jax.errors.JaxRuntimeError) else None
+    verdict = watch.explain() if _of_the_runtime(error) else None
     if verdict is None:
-        *before, line = text.strip().splitlines()
+        *before, line = (text.strip() or type(error).__name__).splitlines()
         sys.stderr.write("".join(part + "\n" for part in before))
         watch.announce(Verdict(code, f"{watch.name()} failed: {line}"))
         verdict = Verdict(code, line)
     watch.stop(verdict)
+
+
+def _of_the_runtime(error: BaseException | None) -> bool:
+    """Whether it began with an error of JAX: a save that waits for a process which dies raises one of its own."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def jax_count() -> int:

@@ -106,6 +106,9 @@ def test_only_the_parameters(saved):
     same_bits(params, make(2).params)
     name = "my.pkg:fn(path='a/b')"
     same_bits(open_checkpoints(saved).restore_part(f"ema/{name}", step=1)[1], make(1).ema[name])
+    host = open_checkpoints(saved).restore_part("params", host=True)[1]
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
+    same_bits(host, make(2).params)
     with pytest.raises(ValueError, match="nothing under 'emma'; it has: .*params"):
         open_checkpoints(saved).restore_part("emma")
 
@@ -219,6 +222,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_written_again(copied, caplog):
     caplog.clear()
     same_bits(open_checkpoints(copied).restore(make(0))[1], make(2))
     assert not warnings(caplog)
+
+
+def test_a_checkpoint_that_goes_bad_while_the_run_lasts_is_written_again(tmp_path):
+    checkpoints = open_checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, make(step))
+    checkpoints.wait()
+    damage(tmp_path / "2")
+    assert checkpoints.restore(make(0))[0] == 1
+    assert checkpoints.save(2, make(7))
+    checkpoints.close()
+    same_bits(open_checkpoints(tmp_path).restore(make(0), step=2)[1], make(7))
+    assert len(list((tmp_path / "damaged").iterdir())) == 1
 
 
 def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(copied):

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from diffjax.train.checkpoint import CheckpointError
 from diffjax.train.errors import RESUME, ConfigError
 from diffjax.train.parallel import peers, processes
 from diffjax.train.parallel.cluster import Cluster
@@ -212,6 +213,36 @@ def test_the_first_verdict_counts(world):
     assert world.watches[1].announce(first) == first
     assert world.watches[2].announce(second) == first
     assert world.watches[0].explain() == first
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """`ends(error, text)`: the verdict by which a process ends on an error, where its only peer has died."""
+
+    def stop(verdict):
+        stopped.append(verdict)
+        raise SystemExit(verdict.code)
+
+    stopped, lost = [], Verdict(RESUME, "process 0 of 2 died")
+    watch = types.SimpleNamespace(
+        explain=lambda: lost, name=lambda: "process 1 of 2", announce=lambda verdict: verdict, stop=stop
+    )
+    monkeypatch.setattr(processes, "join", lambda cluster: watch)
+
+    def run(error, text):
+        with pytest.raises(SystemExit), processes.joined(None, lambda error: (1, text)):
+            raise error
+        return stopped.pop()
+
+    return run
+
+
+def test_a_save_that_a_dead_process_broke_is_to_be_resumed(ends):
+    assert ends(OSError("disk full"), "disk full") == Verdict(1, "disk full")
+    assert ends(ValueError(), "") == Verdict(1, "ValueError")
+    broken = CheckpointError("cannot write checkpoint 20")
+    broken.__cause__ = jax.errors.JaxRuntimeError("connection reset by peer")
+    assert ends(broken, str(broken)) == Verdict(RESUME, "process 0 of 2 died")
 
 
 def test_a_single_process_reads_all_rows():
