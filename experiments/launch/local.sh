@@ -42,6 +42,8 @@ for ((attempt = 0; ; attempt++)); do
     fi
     pids+=($!)
   done
+  # A signal that came before all of them were there has not reached all.
+  if ((stopped)); then kill -TERM "${pids[@]}" 2>/dev/null; fi
 
   codes=() failed=0 again=0
   for pid in "${pids[@]}"; do
