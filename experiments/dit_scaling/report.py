@@ -105,21 +105,30 @@ def text_of(widths, spent, losses, distances, laws) -> str:
             -np.polyfit(np.log(flops[part]), np.log(means[part]), 1)[0] for part in (np.s_[: half + 1], np.s_[half:])
         ]
         parts.append(
-            f"**{heading}** falls as compute to the power -{law.exponent:.3f}, 95 % interval {law.low:.3f} to "
-            f"{law.high:.3f}; the means lie {100 * law.spread:.1f} % off the line (standard deviation). "
+            f"**{heading}** goes as compute to the power {-law.exponent:.3f}, 95 % interval {-law.high:.3f} to "
+            f"{-law.low:.3f}; the means lie {100 * law.spread:.1f} % off the line (standard deviation). "
             + ("The interval holds zero: these runs do not show that compute helps." if law.low <= 0 <= law.high else
                f"Doubling the compute multiplies it by {2**-law.exponent:.3f}.")
-            + f" The exponent of the smaller half of the sizes alone is {slopes[0]:.3f}, of the larger half "
-            f"{slopes[1]:.3f}: " + bend(*slopes)
+            + f" In the smaller half of the sizes alone the power is {-slopes[0]:.3f}, in the larger half "
+            f"{-slopes[1]:.3f}. " + bend(flops, means)
         )  # fmt: skip
     return "\n\n".join(parts)
 
 
-def bend(small: float, large: float) -> str:
-    """What two local exponents say about a power law."""
-    if large < 0.5 * small:
-        return "the curve flattens, so the law must not be extended beyond the largest size."
-    return "the curve steepens." if large > 1.5 * small else "about the same, as a power law has it."
+def bend(x, y) -> str:
+    """Whether `log y` bends over `log x`, by the 95 % interval of its quadratic term; "" for fewer than 4 points."""
+    if len(x) < 4:
+        return ""
+    (curve, *_), covariance = np.polyfit(np.log(x), np.log(y), 2, cov=True)
+    reach = student.ppf(0.975, len(x) - 3) * math.sqrt(covariance[0, 0])
+    text = f"A quadratic term would be {curve:.3f}, 95 % interval {curve - reach:.3f} to {curve + reach:.3f}: "
+    if curve - reach <= 0 <= curve + reach:
+        return text + "a bend is not told from scatter here, which does not exclude one."
+    return text + (
+        "the curve flattens, so the law must not be extended beyond the largest size."
+        if curve > 0
+        else "the curve steepens, so the law holds between these sizes at best."
+    )
 
 
 def picture(flops, losses, distances, laws):
@@ -134,7 +143,7 @@ def picture(flops, losses, distances, laws):
         for x, runs in zip(flops, values, strict=True):
             axes.plot([x] * len(runs), runs, "o", color=colour, ms=5, mec="white")
         line = np.geomspace(min(flops), max(flops), 50)
-        name = f"exponent -{law.exponent:.3f} ({law.low:.3f} to {law.high:.3f})"
+        name = f"power {-law.exponent:.3f} ({-law.high:.3f} to {-law.low:.3f})"
         axes.plot(line, law(line), color=INK, lw=1.4, label=name)
         axes.set_xscale("log")
         axes.set_yscale("log")

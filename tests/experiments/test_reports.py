@@ -31,6 +31,17 @@ def test_the_power_law_and_its_interval_are_those_of_linear_regression(monkeypat
     np.testing.assert_allclose(law(x), np.exp(known.intercept) * x**known.slope, rtol=1e-9)
 
 
+def test_a_floor_is_seen_as_a_bend_and_scatter_is_not(monkeypatch):
+    report = load("dit_scaling", monkeypatch)
+    x = np.array([1.0, 2, 5, 10, 20, 50]) * 1e10
+    scatter = np.exp(0.02 * np.random.default_rng(0).standard_normal(6))
+    assert "not told from scatter" in report.bend(x, 300 * x**-0.2 * scatter)
+    floored = 300 * x**-0.2
+    assert "flattens" in report.bend(x, floored + floored.min())
+    assert "steepens" in report.bend(x, floored - 0.9 * floored.min())
+    assert report.bend(x[:3], floored[:3]) == ""
+
+
 def rows_of(noise=0.0):
     rng, rows = np.random.default_rng(1), []
     for head, schedule, weight in itertools.product(("eps()", "x0()", "v()"), ("cosine()", "flow()"), ("a", "b")):
