@@ -19,7 +19,7 @@ def assign(cost: Array) -> Array:
     jittable; under `vmap` the problems advance together.
 
     Args:
-      cost: [n, n], finite.
+      cost: [n, n]; NaN counts as 0 and what is beyond 1e30 as that, so that the search ends whatever the data are.
 
     Raises:
       ValueError: for another shape.
@@ -27,7 +27,7 @@ def assign(cost: Array) -> Array:
     cost = jnp.asarray(cost)
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1]:
         raise ValueError(f"assign: expected a square matrix of costs [n, n], got shape {cost.shape}")
-    n = len(cost)
+    n, cost = len(cost), jnp.clip(jnp.nan_to_num(cost), -1e30, 1e30)
     start = _Matching(jnp.zeros(n, cost.dtype), jnp.full(n, -1, jnp.int32), jnp.full(n, -1, jnp.int32))
     return jax.lax.fori_loop(0, n, lambda row, state: _augment(cost, state, row), start).column
 

@@ -39,3 +39,15 @@ def test_one_row_and_an_identity():
     assert np.asarray(core.assign(1 - jnp.eye(7))).tolist() == list(range(7))
     with pytest.raises(ValueError, match=r"square matrix of costs \[n, n\], got shape \(2, 3\)"):
         core.assign(jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_the_search_ends_on_whatever_it_is_given(value):
+    # One bad image makes a row of these; a training that hangs on it could not report it.
+    cost = np.random.default_rng(0).uniform(size=(6, 6)).astype(np.float32)
+    cost[2] = value
+    permutation = np.asarray(core.assign(cost))
+    assert sorted(permutation) == list(range(6))
+    if np.isnan(value):
+        cost[2] = 0
+        assert cost[np.arange(6), permutation].sum() == pytest.approx(best(cost), rel=1e-6)
