@@ -13,7 +13,19 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models.checks import check_common, check_divides, check_least, check_name, check_remat, ends_of, network
-from diffjax.nn import Condition, DiTBlock, functional, layer_norm, modulate, modulation, scope, sincos_2d, tap, widen
+from diffjax.nn import (
+    Condition,
+    DiTBlock,
+    Linear,
+    functional,
+    layer_norm,
+    modulate,
+    modulation,
+    scope,
+    sincos_2d,
+    tap,
+    widen,
+)
 from diffjax.nn import remat as checkpointed
 
 WAVES = 256  # channels of the time's sinusoids, whatever the width (DiT's TimestepEmbedder)
@@ -69,12 +81,12 @@ class DiT(nnx.Module):
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros_init()
         pixels_in, pixels_out = (patch * patch * shape[-1] for shape in ends)
         self.cond = Condition(width, num_classes, **time, dtype=dtype, rngs=rngs)
-        self.inp = nnx.Linear(pixels_in, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.inp = Linear(pixels_in, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
         settings = dict(dropout_rate=dropout, scale=scale, dtype=dtype)
         keys = jax.random.split(rngs.params(), depth)
         self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **settings, rngs=nnx.Rngs(k)))(keys)
         self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, pixels_out, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, pixels_out, kernel_init=zeros, dtype=dtype, rngs=rngs)
         self.patch, self.channels, self.width, self.depth = patch, ends[1][-1], width, depth
         self.scan, self.remat = loop
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models.checks import check_common, check_least, check_remat, ends_of, network
-from diffjax.nn import Condition, MLPBlock, functional, layer_norm, modulate, modulation, scope, tap, widen
+from diffjax.nn import Condition, Linear, MLPBlock, functional, layer_norm, modulate, modulation, scope, tap, widen
 from diffjax.nn import remat as checkpointed
 
 RULES = (
@@ -36,13 +36,13 @@ class MLP(nnx.Module):
 
     def __init__(self, ends, num_classes, width, depth, hidden, dropout, dtype, time, remat, rngs):
         self.cond = Condition(width, num_classes, **time, dtype=dtype, rngs=rngs)
-        self.inp = nnx.Linear(math.prod(ends[0]), width, dtype=dtype, rngs=rngs)
+        self.inp = Linear(math.prod(ends[0]), width, dtype=dtype, rngs=rngs)
         settings = dict(cond_width=width, dropout_rate=dropout, activation=nnx.silu, dtype=dtype)
         blocks = {f"block{i}": MLPBlock(width, hidden, **settings, rngs=rngs) for i in range(depth)}
         self.blocks, self.depth, self.remat, self.shape = nnx.Dict(blocks), depth, remat, ends[1]
         self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
-        self.out = nnx.Linear(width, math.prod(ends[1]), kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, math.prod(ends[1]), kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, t, y, *, key=None):
         cond = tap("cond", nnx.silu(self.cond(t, y)))

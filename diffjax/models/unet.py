@@ -13,7 +13,7 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models.checks import check_common, check_divides, check_least, check_remat, ends_of, network
-from diffjax.nn import Condition, GroupNorm, PixelAttention, ResBlock, conv, functional, scope, tap, widen
+from diffjax.nn import Condition, Conv, GroupNorm, PixelAttention, ResBlock, functional, scope, tap, widen
 from diffjax.nn import remat as checkpointed
 
 # First match wins: the projections of attention and condition are matrices, the other `inp` and `out` are convolutions.
@@ -64,7 +64,7 @@ class UNet(nnx.Module):
             return PixelAttention(channels, channels // head_width, **settings)
 
         self.cond = Condition(cond_width, num_classes, **time, dtype=dtype, rngs=rngs)
-        self.inp = conv(shape[-1], base, dtype=dtype, rngs=rngs)
+        self.inp = Conv(shape[-1], base, dtype=dtype, rngs=rngs)
         enc, dec, skips, channels = {}, {}, [base], base
         sizes = [f"{shape[0] >> i}x{shape[1] >> i}" for i in range(len(widths))]
         for i, (size, width) in enumerate(zip(sizes, widths, strict=True)):
@@ -91,7 +91,7 @@ class UNet(nnx.Module):
         # The order of the blocks is a fact of the architecture; dictionaries of parameters are sorted by name.
         self.order, self.remat = (tuple(enc), tuple(dec)), remat
         self.norm = GroupNorm(base, groups)
-        self.out = conv(base, channels_out, zero=True, dtype=dtype, rngs=rngs)
+        self.out = Conv(base, channels_out, zero=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, t, y, *, key=None):
         count = iter(range(1 << 16))

@@ -2,10 +2,11 @@
 
 from diffjax.nn.adaln import DiTBlock, MLPBlock, modulation
 from diffjax.nn.attention import PixelAttention, SelfAttention
-from diffjax.nn.conv import ResBlock, conv, double, halve
+from diffjax.nn.conv import Conv, ResBlock, double, halve
 from diffjax.nn.embed import TIME_EMBEDS, Condition, fourier, sincos_2d, sinusoidal
 from diffjax.nn.functional import Functional, functional
-from diffjax.nn.norm import GroupNorm, dropout, group_norm, layer_norm, modulate, widen
+from diffjax.nn.linear import Linear
+from diffjax.nn.norm import GroupNorm, dropout, group_norm, layer_norm, modulate, plus, times, widen
 from diffjax.nn.remat import POLICIES, policy_name, remat
 from diffjax.nn.taps import scope, tap, tapped
 
@@ -13,14 +14,15 @@ __all__ = [
     "POLICIES",
     "TIME_EMBEDS",
     "Condition",
+    "Conv",
     "DiTBlock",
     "Functional",
     "GroupNorm",
+    "Linear",
     "MLPBlock",
     "PixelAttention",
     "ResBlock",
     "SelfAttention",
-    "conv",
     "double",
     "dropout",
     "fourier",
@@ -30,6 +32,7 @@ __all__ = [
     "layer_norm",
     "modulate",
     "modulation",
+    "plus",
     "policy_name",
     "remat",
     "scope",
@@ -37,5 +40,6 @@ __all__ = [
     "sinusoidal",
     "tap",
     "tapped",
+    "times",
     "widen",
 ]

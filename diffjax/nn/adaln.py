@@ -7,16 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.nn.attention import SelfAttention
-from diffjax.nn.norm import dropout, layer_norm, modulate
+from diffjax.nn.linear import Linear
+from diffjax.nn.norm import dropout, layer_norm, modulate, times
 from diffjax.nn.taps import scope, tap
 
 _zeros = nnx.initializers.zeros_init()
 _xavier = nnx.initializers.xavier_uniform()
 
 
-def modulation(cond_width: int, width: int, parts: int, *, dtype, rngs) -> nnx.Linear:
+def modulation(cond_width: int, width: int, parts: int, *, dtype, rngs) -> Linear:
     """The zero-initialised map from an activated condition to `parts` vectors of `width`, concatenated."""
-    return nnx.Linear(cond_width, parts * width, kernel_init=_zeros, dtype=dtype, rngs=rngs)
+    return Linear(cond_width, parts * width, kernel_init=_zeros, dtype=dtype, rngs=rngs)
 
 
 class MLPBlock(nnx.Module):
@@ -29,15 +30,15 @@ class MLPBlock(nnx.Module):
         self, width: int, hidden: int, *, cond_width: int, dropout_rate: float = 0.0, activation=nnx.gelu, dtype, rngs
     ):
         self.modulation = modulation(cond_width, width, 3, dtype=dtype, rngs=rngs)
-        self.up = nnx.Linear(width, hidden, kernel_init=_xavier, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(hidden, width, kernel_init=_xavier, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, hidden, kernel_init=_xavier, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, kernel_init=_xavier, dtype=dtype, rngs=rngs)
         self.dropout_rate, self.activation = dropout_rate, activation
 
     def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None = None) -> jax.Array:
         shift, scale, gate = jnp.split(tap("modulation", self.modulation(cond)), 3, axis=-1)
         h = tap("hidden", self.activation(self.up(modulate(layer_norm(x), shift, scale))))
         h = tap("down", self.down(dropout(h, self.dropout_rate, key)))
-        return tap("out", x + h * gate.reshape((len(x),) + (1,) * (x.ndim - 2) + (-1,)))
+        return tap("out", x + times(h, gate.reshape((len(x),) + (1,) * (x.ndim - 2) + (-1,))))
 
 
 class DiTBlock(nnx.Module):
@@ -60,6 +61,6 @@ class DiTBlock(nnx.Module):
         shift, scale, gate = jnp.split(tap("modulation", self.modulation(cond)), 3, axis=-1)
         with scope("attention"):
             h = self.attention(modulate(layer_norm(x), shift, scale))
-        x = x + gate[:, None] * dropout(h, self.dropout_rate, keys[0])
+        x = x + times(dropout(h, self.dropout_rate, keys[0]), gate[:, None])
         with scope("mlp"):
             return self.mlp(x, cond, keys[1])

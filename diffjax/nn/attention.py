@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffjax.nn.norm import GroupNorm
+from diffjax.nn.linear import Linear
+from diffjax.nn.norm import GroupNorm, plus
 from diffjax.nn.taps import scope, tap
 
 
@@ -40,8 +41,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, zero: bool = False, scale: str = "sqrt", dtype, rngs):
         init = nnx.initializers.zeros_init() if zero else nnx.initializers.xavier_uniform()
-        self.qkv = nnx.Linear(width, 3 * width, kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
         self.heads, self.scale = heads, {"sqrt": None, "mup": 8 * heads / width}[scale]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,9 +58,9 @@ class SelfAttention(nnx.Module):
         through the keys.
         """
         heads = (3, self.heads, x.shape[-1] // self.heads)
-        x, kernel, bias = (a.astype(self.qkv.dtype) for a in (x, self.qkv.kernel[...], self.qkv.bias[...]))
+        x, kernel = x.astype(self.qkv.dtype), self.qkv.kernel[...].astype(self.qkv.dtype)
         kernel = tap("kernel/heads", tap("kernel/rows", kernel).reshape(-1, *heads))
-        return jnp.einsum("btc,cshd->btshd", x, kernel) + bias.reshape(heads)
+        return plus(jnp.einsum("btc,cshd->btshd", x, kernel), self.qkv.bias[...].reshape(heads))
 
 
 class PixelAttention(nnx.Module):

@@ -6,15 +6,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffjax.nn.norm import GroupNorm, dropout
+from diffjax.nn.linear import Linear, zeros
+from diffjax.nn.norm import GroupNorm, dropout, plus
 from diffjax.nn.taps import tap
 
 
-def conv(channels_in: int, channels_out: int, size: int = 3, *, zero: bool = False, dtype, rngs) -> nnx.Conv:
-    """A `size` x `size` convolution NHWC -> NHWC of the same height and width; `zero` starts it at zero."""
-    init = nnx.initializers.zeros_init() if zero else nnx.initializers.lecun_normal()
-    kernel = (size, size)
-    return nnx.Conv(channels_in, channels_out, kernel, padding="SAME", kernel_init=init, dtype=dtype, rngs=rngs)
+class Conv(nnx.Module):
+    """A `size` x `size` convolution NHWC -> NHWC of the same height and width; `zero` starts it at zero.
+
+    As Flax's, apart from the gradient of the bias, which is summed in at least float32 (`diffjax.nn.norm.plus`).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, size: int = 3, *, zero: bool = False, dtype, rngs):
+        init = zeros if zero else nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, channels_in, channels_out), jnp.float32))
+        self.bias = nnx.Param(zeros(rngs.params(), (channels_out,), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, layout = self.kernel[...].astype(self.dtype), ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=layout)
+        return plus(y, self.bias[...])
 
 
 def halve(x: jax.Array) -> jax.Array:
@@ -45,11 +57,11 @@ class ResBlock(nnx.Module):
         resample: str | None = None, dtype, rngs,
     ):  # fmt: skip
         self.norm1 = GroupNorm(channels_in, groups)
-        self.conv1 = conv(channels_in, channels_out, dtype=dtype, rngs=rngs)
-        self.film = nnx.Linear(cond_width, 2 * channels_out, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv(channels_in, channels_out, dtype=dtype, rngs=rngs)
+        self.film = Linear(cond_width, 2 * channels_out, dtype=dtype, rngs=rngs)
         self.norm2 = GroupNorm(channels_out, groups)
-        self.conv2 = conv(channels_out, channels_out, zero=True, dtype=dtype, rngs=rngs)
-        self.skip = conv(channels_in, channels_out, 1, dtype=dtype, rngs=rngs) if channels_in != channels_out else None
+        self.conv2 = Conv(channels_out, channels_out, zero=True, dtype=dtype, rngs=rngs)
+        self.skip = Conv(channels_in, channels_out, 1, dtype=dtype, rngs=rngs) if channels_in != channels_out else None
         self.dropout_rate, self.resample = dropout_rate, resample
 
     def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None = None) -> jax.Array:

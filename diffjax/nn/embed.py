@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffjax.nn.linear import Linear
 from diffjax.nn.taps import tap
 
 TIME_EMBEDS = ("sinusoidal", "fourier")
@@ -59,8 +60,8 @@ class Condition(nnx.Module):
     """
 
     def __init__(self, width: int, num_classes: int, *, waves: int, time_embed: str, time_scale: float, dtype, rngs):
-        self.hidden = nnx.Linear(waves, width, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.hidden = Linear(waves, width, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
         self.label = (
             nnx.Embed(num_classes + 1, width, dtype=dtype, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
             if num_classes
@@ -76,4 +77,5 @@ class Condition(nnx.Module):
             return h
         y = jnp.full(t.shape, self.num_classes, jnp.int32) if y is None else y
         table = tap("labels", self.label.embedding[...])
-        return h + jnp.take(table.astype(h.dtype), y, axis=0)
+        # Rows in the table's own type: the gradient of one is a sum over all samples that took it.
+        return h + jnp.take(table, y, axis=0).astype(h.dtype)

@@ -1,4 +1,4 @@
-"""Normalisation in at least float32, written so that it is fast on CPU too, and dropout."""
+"""Normalisation in at least float32, written so that it is fast on CPU too, sums in float32, and dropout."""
 
 from __future__ import annotations
 
@@ -10,6 +10,32 @@ from flax import nnx
 def widen(x: jax.Array) -> jax.Array:
     """`x` in float32, or in its own type if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def plus(x: jax.Array, a: jax.Array) -> jax.Array:
+    """`x + a`, of x's shape and dtype, for an `a` that broadcasts to it.
+
+    The gradient of `a` is a sum, taken in at least float32. Differentiation by itself adds in the type of x, and a sum
+    in bfloat16 stops growing at some 256 like terms.
+    """
+    return x + _spread(a, x)
+
+
+@jax.custom_jvp
+def times(x: jax.Array, a: jax.Array) -> jax.Array:
+    """`x * a`, of x's shape and dtype, for an `a` that broadcasts to it; the gradient of `a` is summed as in `plus`."""
+    return x * a.astype(x.dtype)
+
+
+@times.defjvp
+def _(primals, tangents):
+    # Only the tangent is spread: an `a` of x's shape would be kept for the backward pass.
+    (x, a), (dx, da) = primals, tangents
+    return times(x, a), times(dx, a) + x * _spread(da, x)
+
+
+def _spread(a, x):
+    return jnp.broadcast_to(widen(a), x.shape).astype(x.dtype)
 
 
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, groups: int, eps: float = 1e-5) -> jax.Array:
@@ -56,7 +82,7 @@ def layer_norm(x: jax.Array, *, eps: float = 1e-6) -> jax.Array:
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """`x (1 + scale) + shift` with `shift, scale [B, C]` broadcast over the middle axes of `x [B, ..., C]`."""
     shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (-1,)
-    return x * (1 + scale.reshape(shape)) + shift.reshape(shape)
+    return plus(times(x, 1 + scale.reshape(shape)), shift.reshape(shape))
 
 
 class GroupNorm(nnx.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffjax.nn import DiTBlock, MLPBlock, PixelAttention, ResBlock, SelfAttention, conv, double, halve
+from diffjax.nn import Conv, DiTBlock, MLPBlock, PixelAttention, ResBlock, SelfAttention, double, halve
 
 
 def normal(*shape, seed=0):
@@ -48,7 +48,7 @@ def test_resampling():
 
 
 def test_conv_is_a_correlation_with_zero_padding():
-    layer = conv(1, 1, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = Conv(1, 1, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = np.zeros((1, 5, 5, 1), np.float32)
     x[0, 0, 2, 0] = 1.0
     kernel = np.asarray(layer.kernel[...])[:, :, 0, 0]
