@@ -195,7 +195,7 @@ def stratified(dataset, num: int) -> np.ndarray:
     """
     if not dataset.num_classes:
         return np.zeros(num, np.int32)
-    found = np.array([int(dataset.heldout[i]["label"]) for i in range(len(dataset.heldout))])
+    found = np.array([int(item["label"]) for item in judges.read_items(dataset.heldout)])
     share = np.bincount(found, minlength=dataset.num_classes) / len(found) * num
     counts = np.floor(share).astype(int)
     counts[np.argsort(counts - share, kind="stable")[: num - counts.sum()]] += 1

@@ -8,10 +8,10 @@ import numpy as np
 
 from diffjax import core
 from diffjax.core.types import Level
+from diffjax.pipelines.judge import read_items
 
-# Log-SNR of the levels, and images that are used at most.
+# Log-SNR of the levels.
 LOGSNR = tuple(np.linspace(-6.0, 6.0, 13))
-IMAGES = 2000
 SIGMA_DATA = 0.5
 
 
@@ -26,10 +26,11 @@ def heldout_loss(run, *, batch_size: int = 128) -> dict:
     Args:
       run: what `load_run` returned.
       batch_size: images in a call.
+
+    Raises:
+      UnreadableError: as `diffjax.pipelines.judge.read_items`, which chooses the images.
     """
-    source = run.dataset.heldout
-    index = np.unique(np.linspace(0, len(source) - 1, min(IMAGES, len(source))).round().astype(int))
-    items = [source[int(i)] for i in index]
+    items = read_items(run.dataset.heldout)
     images = np.stack([item["image"] for item in items])
     labels = np.array([int(item["label"]) for item in items], np.int32)
     levels = run.schedule.at_logsnr(jnp.asarray(LOGSNR, jnp.float32))

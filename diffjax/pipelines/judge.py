@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from diffjax import metrics, registry
+from diffjax.data import Unreadable, UnreadableError
 from diffjax.pipelines.generate import largest_pixel
 
 # Features of an image without extractor, and images of a half that are used, at most: both keep an evaluation short.
 FEATURES, IMAGES = 256, 2000
+# Images that an evaluation leaves out because they cannot be read, at most.
+MAX_BAD = 16
 BASELINES = ("memoriser", "gmm100_full", "class_gaussian", "gmm10_full", "gaussian")
 # A hundred full covariances need several images each, and beyond this many pixels minutes instead of half a second.
 MANY_IMAGES, MANY_PIXELS = 500, 64
+
+log = logging.getLogger("diffjax")
 
 
 class Judge(NamedTuple):
@@ -108,10 +114,28 @@ def halves(protocol: metrics.Protocol, repeats: int = 10) -> tuple[float, float]
 
 def integers(dataset, source, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """`(images [N, H, W, C] uint8, labels [N] int32)` of up to `limit` items, evenly chosen over the source."""
-    index = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int))
-    items = [source[int(i)] for i in index]
+    items = read_items(source, limit)
     images = np.asarray(dataset.to_pixels(np.stack([item["image"] for item in items])))
     return images, np.array([int(item["label"]) for item in items], np.int32)
+
+
+def read_items(source, limit: int = IMAGES, *, max_bad: int = MAX_BAD) -> list[dict]:
+    """Up to `limit` items, evenly chosen over the source; what cannot be read is left out, with a logged warning.
+
+    Raises:
+      UnreadableError: if that were more than `max_bad` of them, or all.
+    """
+    items, bad = [], []
+    for i in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int)):
+        try:
+            items.append(source[int(i)])
+        except Unreadable as error:
+            bad.append(str(error))
+            log.warning("%s; it is left out of the evaluation", error)
+    if len(bad) > max_bad or not items:
+        shown = "; ".join(bad[:8])
+        raise UnreadableError(f"{len(bad)} images cannot be read, and the limit of an evaluation is {max_bad}: {shown}")
+    return items
 
 
 def pooled(images: np.ndarray) -> np.ndarray:

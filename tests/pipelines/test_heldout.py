@@ -8,8 +8,9 @@ import pytest
 
 from diffjax.core import EDM, EPS, VP, X0, Flow, V
 from diffjax.core.types import Model
-from diffjax.data import ArraySource, Dataset
+from diffjax.data import ArraySource, Dataset, Unreadable, UnreadableError
 from diffjax.pipelines.heldout import LOGSNR, heldout_loss
+from diffjax.pipelines.judge import read_items
 
 SPREAD = 0.5
 
@@ -53,6 +54,31 @@ def test_noise_is_the_same_whatever_the_schedule_and_the_batch():
     # float32 conversions between parameterisations, at log-SNR from -6 to 6, lose three digits of seven.
     np.testing.assert_allclose(heldout_loss(exact(VP(), V))["levels"], base["levels"], rtol=1e-3)
     np.testing.assert_allclose(heldout_loss(exact(EDM(), X0), batch_size=77)["levels"], base["levels"], rtol=1e-5)
+
+
+class Broken:
+    """A source in which some items cannot be read."""
+
+    def __init__(self, source, bad):
+        self.source, self.bad = source, bad
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise Unreadable(f"image {index}", "it is cut")
+        return self.source[index]
+
+
+def test_images_that_cannot_be_read_are_left_out_up_to_a_limit(caplog):
+    whole = exact(EDM(), X0)
+    run = whole._replace(dataset=whole.dataset._replace(heldout=Broken(whole.dataset.heldout, {0, 7})))
+    found = heldout_loss(run)
+    assert found["images"] == 298 and "cannot read image 7: it is cut" in caplog.text
+    np.testing.assert_allclose(found["levels"], 1.0, atol=0.041)
+    with pytest.raises(UnreadableError, match="17 images cannot be read, and the limit .* is 16: cannot read image 0"):
+        read_items(Broken(whole.dataset.heldout, set(range(17))))
 
 
 def test_an_error_of_x0_is_weighted_as_edm_does():
