@@ -84,7 +84,8 @@ def tfds(
     Raises:
       ModuleNotFoundError: if tensorflow_datasets or importlib_resources is not installed.
       FileNotFoundError: if the data is not prepared; says how to do it.
-      ValueError: if it is prepared in another format, has no such feature or split, or as `folder`.
+      ValueError: if it is prepared in another format, has no such feature or split, the two splits share items, or as
+        `folder`.
     """
     # Undeclared by tensorflow_datasets, and missed only deep inside of it.
     require("importlib_resources", "importlib_resources", "tfds")
@@ -97,12 +98,15 @@ def tfds(
                 f"{name!r} has no feature {feature!r}; it has: {', '.join(features)}; set image= or label="
             )
     _check_splits(made, name, split, heldout)
-    held = TFDSReader(made, heldout, image, label) if isinstance(heldout, str) else heldout
+    if isinstance(heldout, str):
+        _refuse_shared(made, split, heldout)
     num_classes = getattr(features[label], "num_classes", 0) if label else 0
+    label = label if num_classes else ""
+    held = TFDSReader(made, heldout, image, label) if isinstance(heldout, str) else heldout
     return image_dataset(
-        TFDSReader(made, split, image, label if num_classes else ""), size=size or _size(features[image]), crop=crop,
-        flip=flip, zoom=zoom, channels=channels or _channels(features[image]), buckets=buckets, heldout=held,
-        split_seed=split_seed, num_classes=num_classes or 0,
+        TFDSReader(made, split, image, label), size=size or _size(features[image]), crop=crop, flip=flip, zoom=zoom,
+        channels=channels or _channels(features[image]), buckets=buckets, heldout=held, split_seed=split_seed,
+        num_classes=num_classes or 0,
     )  # fmt: skip
 
 
@@ -155,6 +159,19 @@ def _check_splits(made: Any, name: str, *splits: Any) -> None:
     for split in splits:
         if isinstance(split, str) and split.partition("[")[0] not in made.info.splits:
             raise ValueError(f"{name!r} has no split {split!r}; it has: {', '.join(made.info.splits)}")
+
+
+def _refuse_shared(made: Any, split: str, heldout: str) -> None:
+    taken: dict[str, list] = {}
+    for part in made.info.splits[split].file_instructions:
+        taken.setdefault(part.filename, []).append((part.skip, part.skip + part.take))
+    for part in made.info.splits[heldout].file_instructions:
+        begin, end = part.skip, part.skip + part.take
+        if any(start < end and begin < stop for start, stop in taken.get(part.filename, ())):
+            raise ValueError(
+                f"split={split!r} and heldout={heldout!r} share items, which would be trained on and held out; give "
+                "such as split='train[:90%]', heldout='train[90%:]', or a share such as heldout=0.1"
+            )
 
 
 def _size(feature: Any) -> tuple[int, int] | None:

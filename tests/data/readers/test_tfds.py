@@ -85,6 +85,15 @@ def test_workers_read_it_and_a_split_can_be_cut(folder):
     worked.close()
 
 
+def test_splits_that_share_items_are_refused(folder):
+    make = lambda split, heldout: tfds("stripes", data_dir=str(folder / "data"), split=split, heldout=heldout)
+    for split, heldout in (("train", "train[90%:]"), ("train[:6]", "train[5:]"), ("test", "test")):
+        with pytest.raises(ValueError, match="share items"):
+            make(split, heldout)
+    data = make("train[:6]", "train[6:]")
+    assert (len(data.train), len(data.heldout)) == (6, 4)
+
+
 def test_what_is_not_prepared_is_one_line_without_any_download(folder, tmp_path, monkeypatch):
     import socket
 
