@@ -56,7 +56,7 @@ class Watch:
         self._step, self._answered = -1, time.monotonic()
         self._seen: dict[int, tuple[str, float]] = {}
         self._moved = (-1, time.monotonic())
-        self._over, self._said = threading.Event(), threading.Lock()
+        self._over, self._said, self._speaking = threading.Event(), threading.Lock(), threading.Lock()
 
     def start(self) -> None:
         """Begins to watch, in a thread; from here on an abort by JAX because of a lost peer is a message and a code."""
@@ -73,7 +73,8 @@ class Watch:
     def finish(self) -> None:
         """Ends the watch; the others no longer miss this process."""
         self._over.set()
-        with contextlib.suppress(Exception):
+        # After a beat that is under way: the last word must be this one.
+        with self._speaking, contextlib.suppress(Exception):
             self._put(_DONE)
 
     def verdict(self) -> Verdict | None:
@@ -139,7 +140,9 @@ class Watch:
                 self.stop(self._unreachable() or Verdict(RESUME, text))
 
     def _beat(self) -> None:
-        self._put(str(self._step))
+        with self._speaking:
+            if not self._over.is_set():
+                self._put(str(self._step))
 
     def _put(self, state: str) -> None:
         text = f"{state} {time.monotonic():.3f}"

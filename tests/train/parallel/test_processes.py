@@ -175,6 +175,29 @@ def test_who_has_finished_is_not_missed(world):
     assert all(world.beat(0, 1) is None for _ in world.beats(3 * SILENT_S))
 
 
+def test_the_last_word_of_who_has_finished_stays():
+    store, asked, answers = Store(), threading.Event(), threading.Event()
+    watch = Watch(store, "127.0.0.1:1", 1, 2)
+
+    def slow(key, value, allow_overwrite):
+        if not asked.is_set():
+            asked.set()
+            answers.wait(30)
+        store[key] = value
+
+    store.key_value_set = slow
+    threads = [threading.Thread(target=watch._beat), threading.Thread(target=watch.finish)]
+    threads[0].start()
+    assert asked.wait(30)
+    threads[1].start()
+    time.sleep(0.05)
+    answers.set()
+    for thread in threads:
+        thread.join(30)
+    watch._beat()
+    assert [value.split()[0] for value in store.values()] == ["done"]
+
+
 def test_who_is_stuck_is_named(world):
     for _ in range(40):
         # No step for long, as in a compilation: only a run that has begun can be stuck.
