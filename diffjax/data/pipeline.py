@@ -33,6 +33,7 @@ def batches(
     max_bad: int = 16,
     process_index: int = 0,
     process_count: int = 1,
+    same_items: bool = True,
 ) -> BatchIterator:
     """An endless iterator of shuffled batches; batch `i` is a function of the first arguments, to `augment`, and `i`.
 
@@ -60,6 +61,7 @@ def batches(
         them in the source before this is an error.
       process_index: which part of each batch: rows `p * B / P .. (p + 1) * B / P` for process p of P.
       process_count: P.
+      same_items: whether `set_state` refuses the state of a source with another number of items.
 
     Returns:
       An iterator of dicts of numpy arrays, `{"image": [B / P, H, W, C] float32, "label": [B / P] int32}` for the
@@ -88,7 +90,7 @@ def batches(
     if process_count > 1 and not sliced:
         dataset = dataset.map(lambda element: ({k: v[rows] for k, v in element[0].items()}, element[1]))
     reading = Reading(threads, workers, prefetch)
-    return BatchIterator(dataset, items.order, reading, max_bad)
+    return BatchIterator(dataset, items.order, reading, max_bad, items=len(source), same_items=same_items)
 
 
 class Reading(NamedTuple):
@@ -120,10 +122,14 @@ class BatchIterator:
 
     Attributes:
       bad: `{position in the source: "name: reason"}` of the items that could not be read so far, by this process.
+      items: how many the source has.
     """
 
-    def __init__(self, dataset: Any, order: Any, reading: Reading, max_bad: int):
+    def __init__(
+        self, dataset: Any, order: Any, reading: Reading, max_bad: int, *, items: int, same_items: bool = True
+    ):
         self._dataset, self._order, self._reading, self._max_bad = dataset, order, reading, max_bad
+        self.items, self._same_items = items, same_items
         self._next, self._iterator = 0, None
         self.bad: dict[int, str] = {}
 
@@ -146,19 +152,26 @@ class BatchIterator:
         return batch
 
     def get_state(self) -> dict:
-        """`{"next_index": number of the next batch}`, and `bad` if there were any; plain JSON."""
+        """`{"next_index": number of the next batch, "items": of the source}`, and `bad` if there were any; JSON."""
         bad = {"bad": [[i, text] for i, text in sorted(self.bad.items())]} if self.bad else {}
-        return {"next_index": self._next} | bad
+        return {"next_index": self._next, "items": self.items} | bad
 
     def set_state(self, state: Mapping) -> None:
         """Goes on with batch `state["next_index"]`, which may lie before or after the present one.
 
         Raises:
-          ValueError: if `state` is no such mapping.
+          ValueError: if `state` is no such mapping, or one of a source with another number of items.
         """
         index = state.get("next_index") if isinstance(state, Mapping) else None
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ValueError(f"state {state!r}: expected {{'next_index': n}} with an integer n >= 0")
+        had = state.get("items", self.items)
+        if self._same_items and had != self.items:
+            raise ValueError(
+                f"there are {self.items} images to train on, and there were {had} when this run was saved: what is "
+                "trained on and what is held out changes with the number, so give the data as it was, or start a run "
+                "in another workdir (config.init_from takes the parameters along)"
+            )
         self.close()
         self._next, self.bad = index, {int(i): text for i, text in state.get("bad", ())}
 

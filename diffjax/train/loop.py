@@ -26,7 +26,7 @@ from diffjax.train.optim import evaluation_params, snapshots
 from diffjax.train.parallel import processes, sharding
 from diffjax.train.parallel.peers import Watch
 from diffjax.train.parts import prepare
-from diffjax.train.session import Session, last_step, note, open_session, with_programs, with_writers
+from diffjax.train.session import Session, contents, last_step, note, open_session, with_programs, with_writers
 from diffjax.train.state import TrainState
 from diffjax.train.survival import guard, recovery, saving
 from diffjax.train.survival.workdir import locked, note_changes, refuse_changes, write_config
@@ -80,11 +80,12 @@ def train(
         raise WorkdirError(f"workdir {workdir!r} is a file; give a folder, which is made if it does not exist")
     config, parts = prepare(config)
     processes.agree("config", configs.flat(config) | versions(), "start all with one command and one installation")
+    processes.agree("data", contents(parts.dataset.train), "every process must see the same files")
     os.makedirs(workdir, exist_ok=True)
     lock = locked(workdir) if processes.is_first() else contextlib.nullcontext()
     with lock, processes.stop_requests() as asked, contextlib.ExitStack() as stack:
         stored = refuse_changes(workdir, config, allow=allow_changes)
-        session = open_session(config, parts, workdir, stack, peers=peers)
+        session = open_session(config, parts, workdir, stack, peers=peers, same_items=not allow_changes)
         # Before anything is read together: a process that sees other checkpoints would take other steps.
         seen = {"saved steps": session.checkpoints.steps()}
         processes.agree("checkpoints", seen, f"{workdir!r} must be one folder that all of them see")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax.data import batches
@@ -70,18 +71,31 @@ class Session(NamedTuple):
 
 
 def open_session(
-    config: ConfigDict, parts: Parts, workdir: str, stack: contextlib.ExitStack, *, peers: Watch | None = None
+    config: ConfigDict,
+    parts: Parts,
+    workdir: str,
+    stack: contextlib.ExitStack,
+    *,
+    peers: Watch | None = None,
+    same_items: bool = True,
 ) -> Session:
-    """The run with its checkpoints and its input; both are closed with `stack`."""
+    """The run with its checkpoints and its input, both closed with `stack`; `same_items` as for `batches`."""
     checkpoints = open_checkpoints(os.path.join(workdir, CHECKPOINTS), keep=config.keep, best_metric="loss")
     stack.callback(checkpoints.close)
     mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
     index, count = processes.input_share(sharding.batch_sharding(mesh), config.batch_size)
     reading = dict(config.input, seed=config.seed, augment=parts.augment, process_index=index, process_count=count)
-    iterator = history.Batches(batches(parts.dataset.train, config.batch_size, **reading))
+    source = batches(parts.dataset.train, config.batch_size, same_items=same_items, **reading)
+    iterator = history.Batches(source)
     stack.callback(iterator.close)
     places = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
     return Session(config, parts, workdir, mesh, places, iterator, checkpoints, peers, windows=[])
+
+
+def contents(source: Any) -> dict[str, Any]:
+    """What must be the same of the images to train on wherever batches are read: how many, and how many a bucket."""
+    buckets = getattr(source, "buckets", None)
+    return {"images": len(source), "images in each bucket": None if buckets is None else np.bincount(buckets).tolist()}
 
 
 def with_writers(session: Session, step: int, stream: TextIO | None, stack: contextlib.ExitStack) -> Session:

@@ -50,7 +50,7 @@ def test_any_number_of_workers_gives_the_same_bits_and_takes_up_the_state_of_any
     for got, expected in zip(take(first, 4), want, strict=False):
         bitwise(got, expected)
     state = json.loads(json.dumps(first.get_state()))
-    assert state == {"next_index": 4}
+    assert state == {"next_index": 4, "items": 16}
     first.close()
     for other in (dict(), dict(threads=3)):
         resumed = make(**other)
@@ -109,7 +109,15 @@ def test_states_of_the_first_format_skips_and_ids(pictures):
     for b in range(200):  # Past the end of the first epoch.
         ids = iterator.batch_ids(b)
         np.testing.assert_array_equal(next(iterator)["image"], data.images[ids])
-    assert iterator.get_state() == {"next_index": 200}
+    assert iterator.get_state() == {"next_index": 200, "items": 899}
+
+
+def test_a_state_of_other_data_is_refused(pictures):
+    state = batches(random_views(pictures), 5, seed=3).get_state()
+    Image.new("RGB", (9, 9)).save(pictures / "one_more.png")
+    with pytest.raises(ValueError, match="there are 17 images to train on, and there were 16 when"):
+        batches(random_views(pictures), 5, seed=3).set_state(state)
+    batches(random_views(pictures), 5, seed=3, same_items=False).set_state(state)
 
 
 def test_random_views_differ_between_epochs_and_places_and_follow_the_seed(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -40,6 +41,18 @@ def test_changes_are_refused_then_allowed_and_recorded(tmp_path):
     assert row["step"] == 2
     assert {"label_dropout: 0.1 -> 0.5", "num_steps: 4 -> 8", "stop_at: 2 -> 0"} <= set(row["changes"])
     assert read_config(str(tmp_path)).label_dropout == 0.5
+
+
+def test_data_that_grew_is_refused_then_allowed(tmp_path):
+    grow = lambda n: np.savez(tmp_path / "set.npz", image=np.zeros((n, 4, 4, 1), np.uint8))
+    settings = dict(data=f"npz(path={str(tmp_path / 'set.npz')!r})")
+    grow(40)
+    train(tmp_path / "run", stop_at=2, **settings)
+    grow(50)
+    with pytest.raises(ValueError, match="there are 45 images to train on, and there were 36 when this run was saved"):
+        train(tmp_path / "run", **settings)
+    train(tmp_path / "run", allow=True, **settings)
+    assert open_checkpoints(tmp_path / "run" / "checkpoints").info(4)["iterator"] == {"next_index": 4, "items": 45}
 
 
 def test_the_parameters_of_a_run_alone(tmp_path):
