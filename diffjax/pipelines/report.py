@@ -10,6 +10,8 @@ import numpy as np
 from diffjax import metrics, viz
 from diffjax.pipelines.generate import Samples
 
+# Columns of the picture of samples by class, at most.
+CLASSES = 20
 # What the table shows of all metrics, and what each means.
 SHOWN = {
     "fd_relu": ("FD-relu", "Frechet distance to the held-out images in the features of a ReLU classifier"),
@@ -51,13 +53,18 @@ def by_class(images: np.ndarray, labels: np.ndarray, num_classes: int, most: int
 
 
 def draw_grid(folder: Path, samples: Samples, *, num_classes: int, max_value: int, note: str) -> Path:
-    """`grid.png`: ten samples of every class, one class a column; for data without classes, the first hundred."""
+    """`grid.png`: ten samples of every class, one class a column; for data without classes, the first hundred.
+
+    Of more than `CLASSES` classes the first that were drawn are shown: a picture holds no thousand columns.
+    """
     columns, names, title = 10, (), "Samples"
     images = samples.images[:100]
     if num_classes:
-        images = by_class(samples.images, samples.labels, num_classes, 10).swapaxes(0, 1)
-        images = images.reshape(-1, *images.shape[2:])
-        columns, names, title = num_classes, [str(label) for label in range(num_classes)], "Samples by class"
+        shown = np.arange(num_classes) if num_classes <= CLASSES else np.unique(samples.labels)[:CLASSES]
+        chosen = np.isin(samples.labels, shown)
+        images = by_class(samples.images[chosen], np.searchsorted(shown, samples.labels[chosen]), len(shown), 10)
+        images = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
+        columns, names, title = len(shown), [str(label) for label in shown], "Samples by class"
     figure = viz.image_grid(
         images, columns=columns, column_labels=names, max_value=max_value, title=title, note=note
     )
