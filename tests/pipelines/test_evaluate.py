@@ -27,6 +27,7 @@ class Run(NamedTuple):
     schedule: object
     head: object
     step: int
+    ema: str = "raw"
 
 
 def gaussians(images, labels, num_classes):

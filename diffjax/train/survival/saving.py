@@ -9,11 +9,10 @@ from typing import Any
 
 from diffjax.train.checkpoint import CheckpointError
 from diffjax.train.errors import WorkdirError
+from diffjax.train.parallel import processes
 from diffjax.train.survival.workdir import CONFIG_FILE
 
 log = logging.getLogger(__name__)
-
-POLICIES = ("stop", "continue")
 
 
 def keep(session: Any, step: int, state: Any, config: Mapping, metrics: Mapping[str, float], *, last: bool) -> bool:
@@ -21,25 +20,35 @@ def keep(session: Any, step: int, state: Any, config: Mapping, metrics: Mapping[
 
     Under `config.on_save_error = "continue"` a save that fails, this one or the one before, which may fail while it is
     written in the background, is reported and the run goes on; the last save of a run must succeed under either policy.
+    So must every save of several processes: they write one checkpoint together, and one that went on without the others
+    would wait for them in vain.
 
     Raises:
       CheckpointError: if a save fails that must not.
       WorkdirError: if the folder of the run is gone.
     """
-    bear = session.config.on_save_error == "continue" and not last
-    # The first attempt may bring to light that the save before failed, which says nothing about this one.
-    for _ in range(2):
-        try:
-            require_workdir(session.workdir)
-            session.checkpoints.save(step, state, session.iterator, config, metrics)
-            return True
-        except (CheckpointError, WorkdirError) as error:
-            if not bear:
-                raise
-            text = f"{error}; training goes on, and the next save is tried at its time (config.on_save_error)"
-            log.warning("%s", text)
-            session.terminal.write_texts(step, {"note": text})
-    return False
+    bear = session.config.on_save_error == "continue" and processes.jax_count() == 1
+    # That the save before failed in the background comes to light here, and says nothing about this one.
+    _attempt(session, step, session.checkpoints.wait, bear=bear)
+
+    def save():
+        require_workdir(session.workdir)
+        session.checkpoints.save(step, state, session.iterator, config, metrics)
+
+    return _attempt(session, step, save, bear=bear and not last)
+
+
+def _attempt(session: Any, step: int, write: Callable[[], Any], *, bear: bool) -> bool:
+    try:
+        write()
+        return True
+    except (CheckpointError, WorkdirError) as error:
+        if not bear:
+            raise
+        text = f"{error}; training goes on, and the next save is tried at its time (config.on_save_error)"
+        log.warning("%s", text)
+        session.terminal.write_texts(step, {"note": text})
+        return False
 
 
 def require_workdir(workdir: str) -> None:
