@@ -16,6 +16,7 @@ from diffjax.pipelines.generate import largest_pixel
 FEATURES, IMAGES = 256, 2000
 # Images that an evaluation leaves out because they cannot be read, at most.
 MAX_BAD = 16
+CHUNK = 1000
 BASELINES = ("memoriser", "gmm100_full", "class_gaussian", "gmm10_full", "gaussian")
 # A hundred full covariances need several images each, and beyond this many pixels minutes instead of half a second.
 MANY_IMAGES, MANY_PIXELS = 500, 64
@@ -141,6 +142,11 @@ def read_items(source, limit: int = IMAGES, *, max_bad: int = MAX_BAD) -> list[d
 def pooled(images: np.ndarray) -> np.ndarray:
     """`[N, h, w, C] uint8`: images averaged over 2 x 2 pixels until one has at most `FEATURES` values."""
     images = np.asarray(images)
+    # Averages are in float64, in which fifty thousand photographs at once would take 80 GB.
+    return np.concatenate([_halved(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)])
+
+
+def _halved(images: np.ndarray) -> np.ndarray:
     while images[0].size > FEATURES and min(images.shape[1:3]) > 1:
         height, width = (side // 2 * 2 for side in images.shape[1:3])
         cut = images[:, :height, :width].astype(np.float64)
