@@ -153,8 +153,9 @@ def parameter_rows(out):
     return lines[lines.index("parameters") + 2 : next(i for i, line in enumerate(lines) if line.startswith("total:"))]
 
 
-def test_inspect_compiles_the_step_for_its_memory(capsys):
-    code, out, _ = run(capsys, "inspect", *TINY)
+@pytest.mark.parametrize("mode", ["data", "pmap"])
+def test_inspect_compiles_the_step_for_its_memory(capsys, mode):
+    code, out, _ = run(capsys, "inspect", *TINY, f"--config.sharding={mode}")
     assert code == 0 and "of temporary memory per device" in out
 
 

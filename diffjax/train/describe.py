@@ -18,7 +18,7 @@ from diffjax.train import paths
 from diffjax.train.parallel import sharding
 from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parts import prepare
-from diffjax.train.setup import compile_step, use_compile_cache
+from diffjax.train.setup import lower_step, use_compile_cache
 from diffjax.train.state import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy", "scikit-learn")
@@ -53,14 +53,13 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
     if count.hardware > count.model:
         text += f" ({count.hardware:.4g} with what rematerialisation repeats)"
     if compile:
-        memory = compile_step(config, parts, mesh, places)[0].memory_analysis()
-        text += f", {_size(memory.temp_size_in_bytes)} of temporary memory per device" if memory else ""
+        programs = (lower_step(config, parts, mesh, places, shape).compile() for shape in parts.dataset.shapes)
+        sizes = [memory.temp_size_in_bytes for p in programs if (memory := p.memory_analysis())]
+        text += f", {_size(max(sizes))} of temporary memory per device" if sizes else ""
     return text + "\n"
 
 
-def describe_plan(
-    config: ConfigDict, mesh: str, *, sharding: str | None = None, accelerator: str | None = None
-) -> str:
+def describe_plan(config: ConfigDict, mesh: str, *, sharding: str | None = None, accelerator: str | None = None) -> str:
     """What a step would take on a mesh that need not be here: bytes, FLOPs, collectives and times.
 
     Args:
