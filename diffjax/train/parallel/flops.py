@@ -28,18 +28,19 @@ class Flops(NamedTuple):
 
 def step_flops(config, parts) -> Flops:
     """`Flops` of one training step of a filled config and its parts; the step is only traced."""
-    from diffjax import models, registry
+    from diffjax.train.objectives import network_of
     from diffjax.train.setup import abstract_batch
     from diffjax.train.state import abstract_state
     from diffjax.train.step import make_train_step
 
     inputs = abstract_state(parts), abstract_batch(config, parts)
     hardware = count_flops(make_train_step(parts, config), *inputs)
-    settings = {k: v for k, v in parts.model.config.items() if k not in ("self_condition", "variance")}
+    settings = dict(config.model)
     if not remat_of(settings):
         return Flops(hardware, hardware)
     kept = settings | {"remat": False if isinstance(settings["remat"], bool) else "none"}
-    plain = parts.objective.extend(registry.build(kept, models.MODELS, "model"))
+    facts = dict(shape=parts.dataset.shape, num_classes=parts.dataset.num_classes)
+    plain = network_of(parts.objective, kept, **facts)
     return Flops(count_flops(make_train_step(parts._replace(model=plain), config), *inputs), hardware)
 
 

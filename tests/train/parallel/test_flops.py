@@ -1,5 +1,8 @@
 """Counted operations, against hand counts and against XLA where XLA counts right."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from diffjax import registry
+from diffjax.core.types import Model
 from diffjax.models import MODELS
 from diffjax.models.presets import preset
 from diffjax.train.parallel import flops
@@ -89,6 +93,27 @@ def test_flops_of_a_dit_step_are_its_closed_form_and_remat_repeats_the_blocks():
     assert again.model == kept.model
     # Every block is computed once more, its last product too: the gradient of the gate needs it.
     assert again.hardware - again.model == pytest.approx(batch * (blocks + 2 * depth * 2 * mean), rel=1e-12)
+
+
+def test_the_network_of_someone_else_is_built_again_by_the_name_in_the_config(monkeypatch):
+    side, batch = 8, 4
+
+    def sine(*, shape, num_classes, remat=False):
+        body = lambda x, w: jnp.sin(x.reshape(len(x), -1) @ w).reshape(x.shape)
+        apply = lambda p, x, t, y=None, *, key=None: (jax.checkpoint(body) if remat else body)(x, p["w"])
+        return Model(lambda key: {"w": jnp.zeros((side**2, side**2))}, apply, {"remat": remat})
+
+    module = types.ModuleType("user_of_flops")
+    module.sine = sine
+    monkeypatch.setitem(sys.modules, "user_of_flops", module)
+    given = dict(data=f"synthetic(shape=({side}, {side}, 1))", batch_size=batch)
+    kept, again = (
+        step_flops(*prepare(ConfigDict(given | dict(model=dict(name="user_of_flops:sine", remat=remat)))))
+        for remat in (False, True)
+    )
+    # The cosine, which is the sine's gradient, takes the product once more.
+    assert again.model == kept.model == kept.hardware
+    assert again.hardware - again.model == 2 * batch * side**4
 
 
 def test_flops_of_a_shard_map_are_those_of_all_devices():
