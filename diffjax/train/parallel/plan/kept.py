@@ -43,6 +43,8 @@ def _kept(config, parts, rows: int) -> float:
 
         return gradient
 
+    # Noise is paired before anything is differentiated, in groups that need more rows.
+    parts = parts._replace(objective=parts.objective._replace(pair=None))
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.batch_size = rows

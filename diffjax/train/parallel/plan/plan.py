@@ -98,6 +98,9 @@ def plan(config: ConfigDict, mesh: str, *, sharding: str | None = None) -> Plan:
     with config.unlocked():
         config.mesh = mesh
         config.sharding = sharding or config.get("sharding", "data")
+        if config.get("accumulate_loop", "auto") == "auto":
+            # On the CPU that compiles here it would be unrolled, as on no accelerator.
+            config.accumulate_loop = "scan"
     with tempfile.TemporaryDirectory(prefix="diffjax-plan-") as folder:
         job = {"config": configs.to_json(config), "folder": folder, "devices": devices}
         done = subprocess.run(

@@ -66,6 +66,11 @@ def test_a_block_that_is_computed_again_keeps_its_input():
     assert again < per_row / 5
 
 
+def test_noise_paired_in_groups_is_planned_like_noise_that_is_not():
+    paired = prepare(given(loss=dict(pairing="ot(group=16)")))
+    assert kept_activations(*paired) == kept_activations(*prepare(given()))
+
+
 def test_kept_activations_of_a_product():
     # The gradient of a sine is made of the cosine.
     from diffjax.core.types import Model
