@@ -101,8 +101,8 @@ def check_devices(config: ConfigDict, parts: Any) -> None:
     try:
         params = jax.eval_shape(parts.model.init, jax.eval_shape(lambda: jax.random.key(0)))
         sharding.param_sharding(mesh, params, parts.model.rules, config.sharding)
-        if sequence:
-            _trace(config, parts, mesh, params)
+        for shape in parts.dataset.shapes if sequence else ():
+            _trace(config, parts, mesh, params, shape)
     except ValueError as error:
         raise ConfigError(given + str(error)) from error
 
@@ -135,9 +135,9 @@ def _check_axes(config, model, mesh, given) -> None:
         )
 
 
-def _trace(config, parts, mesh, params) -> None:
-    """Traces the network with its activations on the mesh, which raises where they do not divide."""
-    x = jax.ShapeDtypeStruct((config.batch_size, *parts.dataset.shape), jnp.float32)
+def _trace(config, parts, mesh, params, shape) -> None:
+    """Traces the network on images of `shape` with its activations on the mesh; raises where they do not divide."""
+    x = jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32)
     t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
     jax.eval_shape(constrained(parts.model.apply, mesh, parts.model.activations), params, x, t)
 
