@@ -75,25 +75,13 @@ def make_train_step(
     label dropout, network dropout) from `fold_in(key(config.seed), i)`, so it is the same in a resumed run. `gradient`
     says how the gradient of a loss over rows is computed: at once, in microbatches, on several devices.
     """
-    num_classes, objective = parts.dataset.num_classes, parts.objective
-
-    def draw(batch, keys):
-        # All that is random is drawn for the whole batch: whoever computes a part of it computes the same.
-        x0 = batch["image"]
-        eps = jax.random.normal(keys["noise"], x0.shape, jnp.promote_types(x0.dtype, jnp.float32))
-        y = drop_labels(keys["label"], batch["label"], config.label_dropout, num_classes) if num_classes else None
-        rows = {"x0": x0, "t": parts.time(keys["time"], len(x0)), "eps": eps, "y": y}
-        if objective.pair:
-            rows["eps"] = objective.pair(x0, eps)
-        if objective.self_condition:
-            rows["guess"] = jnp.tile(jax.random.bernoulli(keys["guess"], objective.self_condition), len(x0))
-        return rows
+    num_classes = parts.dataset.num_classes
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         # Named streams: adding one later must not change the others.
         keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(("time", "noise", "label", "net", "guess"))}
-        rows = draw(batch, keys)
+        rows = _drawn(parts, config.label_dropout, batch, keys)
         total, (losses, logsnr, terms), grads = gradient(row_loss(parts))(state.params, rows, keys["net"])
         loss, y = jnp.mean(losses), rows["y"]
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
@@ -122,6 +110,20 @@ def make_train_step(
         return TrainState(step, params, ema, opt_state), metrics
 
     return train_step
+
+
+def _drawn(parts, label_dropout, batch, keys):
+    """The rows of a loss, with all that is random drawn for the whole batch: whoever computes a part of it computes
+    the same."""
+    x0, num_classes, objective = batch["image"], parts.dataset.num_classes, parts.objective
+    eps = jax.random.normal(keys["noise"], x0.shape, jnp.promote_types(x0.dtype, jnp.float32))
+    y = drop_labels(keys["label"], batch["label"], label_dropout, num_classes) if num_classes else None
+    rows = {"x0": x0, "t": parts.time(keys["time"], len(x0)), "eps": eps, "y": y}
+    if objective.pair:
+        rows["eps"] = objective.pair(x0, eps)
+    if objective.self_condition:
+        rows["guess"] = jnp.tile(jax.random.bernoulli(keys["guess"], objective.self_condition), len(x0))
+    return rows
 
 
 def drop_labels(key: jax.Array, label: jax.Array, rate: float, num_classes: int) -> jax.Array:

@@ -14,7 +14,8 @@ from jax.extend.core import jaxprs_in_params
 
 
 class Flops(NamedTuple):
-    """Operations of one training step over the whole batch, on all devices together.
+    """Operations of one training step over the whole batch, on all devices together; with self-conditioning the mean
+    over steps with and without an estimate.
 
     Attributes:
       model: what the mathematics takes: the forward pass and the gradients. MFU is made of this one (Chowdhery et al.
@@ -34,14 +35,17 @@ def step_flops(config, parts) -> Flops:
     from diffjax.train.step import make_train_step
 
     inputs = abstract_state(parts), abstract_batch(config, parts)
-    hardware = count_flops(make_train_step(parts, config), *inputs)
+    count = lambda parts: count_flops(
+        make_train_step(parts, config), *inputs, share=parts.objective.self_condition or 1.0
+    )
+    hardware = count(parts)
     settings = dict(config.model)
     if not remat_of(settings):
         return Flops(hardware, hardware)
     kept = settings | {"remat": False if isinstance(settings["remat"], bool) else "none"}
     facts = dict(shape=parts.dataset.shape, num_classes=parts.dataset.num_classes)
     plain = network_of(parts.objective, kept, **facts)
-    return Flops(count_flops(make_train_step(parts._replace(model=plain), config), *inputs), hardware)
+    return Flops(count(parts._replace(model=plain)), hardware)
 
 
 def remat_of(settings: dict):
@@ -50,16 +54,20 @@ def remat_of(settings: dict):
     return None if remat in ("none", "") else remat
 
 
-def count_flops(f: Callable, *args) -> float:
-    """Operations of `f(*args)`; arguments may be `jax.ShapeDtypeStruct`, nothing is computed."""
-    return flops(jax.make_jaxpr(f)(*args).jaxpr)
+def count_flops(f: Callable, *args, share: float = 1.0) -> float:
+    """Operations of `f(*args)`; arguments may be `jax.ShapeDtypeStruct`, nothing is computed. `share` as in `flops`."""
+    return flops(jax.make_jaxpr(f)(*args).jaxpr, share)
 
 
-def flops(jaxpr) -> float:
+def flops(jaxpr, share: float = 1.0) -> float:
     """Operations of a jaxpr.
 
-    Scans count once per iteration, conditionals their dearest branch, loops of unknown length one iteration, the body
-    of a `shard_map` once per device. XLA's own `cost_analysis` counts the body of a scan once.
+    Scans count once per iteration, loops of unknown length one iteration, the body of a `shard_map` once per device.
+    XLA's own `cost_analysis` counts the body of a scan once.
+
+    Args:
+      jaxpr: as in `jax.make_jaxpr(f)(*args).jaxpr`.
+      share: how often a conditional takes its dearest branch; else it takes its cheapest.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -75,9 +83,10 @@ def flops(jaxpr) -> float:
         elif name.startswith("dot_product_attention"):
             total += _fused_attention(eqn, backward="_bwd" in name)
         elif name == "cond":
-            total += max(flops(branch.jaxpr) for branch in eqn.params["branches"])
+            costs = [flops(branch.jaxpr, share) for branch in eqn.params["branches"]]
+            total += share * max(costs) + (1 - share) * min(costs)
         else:
-            total += _times(eqn) * sum(flops(sub) for sub in jaxprs_in_params(eqn.params))
+            total += _times(eqn) * sum(flops(sub, share) for sub in jaxprs_in_params(eqn.params))
     return total
 
 

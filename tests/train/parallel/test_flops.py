@@ -95,6 +95,19 @@ def test_flops_of_a_dit_step_are_its_closed_form_and_remat_repeats_the_blocks():
     assert again.hardware - again.model == pytest.approx(batch * (blocks + 2 * depth * 2 * mean), rel=1e-12)
 
 
+def test_an_estimate_of_x0_costs_a_forward_pass_in_its_share_of_the_steps():
+    def step(rate):
+        model = dict(name="dit", patch=4, width=16, depth=1, heads=2)
+        given = dict(data="synthetic(shape=(8, 8, 1), num_classes=3)", batch_size=4, model=model)
+        config, parts = prepare(ConfigDict(given | dict(loss=dict(self_condition=rate))))
+        return step_flops(config, parts).model, parts.model
+
+    always, model = step(1.0)
+    x, t, y = (jax.ShapeDtypeStruct((4, *tail), dtype) for tail, dtype in (((8, 8, 1), "f4"), ((), "f4"), ((), "i4")))
+    forward = flops.count_flops(model.apply, jax.eval_shape(model.init, jax.random.key(0)), x, t, y)
+    assert always - step(0.25)[0] == pytest.approx(0.75 * forward, rel=1e-9)
+
+
 def test_the_network_of_someone_else_is_built_again_by_the_name_in_the_config(monkeypatch):
     side, batch = 8, 4
 
