@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from diffjax.pipelines.generate import Samples, check_classes, describe, largest_pixel
+from diffjax.pipelines.generate import Samples, check_classes, describe, largest_pixel, pixels_of
 from diffjax.pipelines.sampler import (
     Settings,
     check_finite,
@@ -273,23 +273,15 @@ def draw_shards(run, settings: Settings, folder: Path, index: dict, left: list[i
             labels = labels_of(index, seeds)
             x = draw(seeds, labels, bar.update)
             check_finite(x, number * index["shard_size"])
+            images = pixels_of(run.dataset, x, batch_size=index["batch_size"])
             path = shard_path(folder, index, number)
             unfinished = path.with_name(f"{path.name}.{part[0]}-of-{part[1]}.part")
             with open(unfinished, "wb") as file:
-                np.savez(file, images=pixels_of(run.dataset, x, index["batch_size"]), labels=labels, seeds=seeds)
+                np.savez(file, images=images, labels=labels, seeds=seeds)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
     return time.perf_counter() - begun
-
-
-def pixels_of(dataset, x: np.ndarray, batch_size: int) -> np.ndarray:
-    """The integers of samples `[N, ...]`, in batches of one size: a decoder of latents holds no more at once."""
-    parts = []
-    for start in range(0, len(x), batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), len(x) - 1)
-        parts.append(np.asarray(dataset.to_pixels(x[rows]))[: len(x) - start])
-    return np.concatenate(parts)
 
 
 def compile_on_devices(run, settings: Settings, batch_size: int, devices=None) -> Callable:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffjax import registry, viz
 from diffjax.pipelines import judge as judges
 from diffjax.pipelines import report as reports
-from diffjax.pipelines.generate import Samples, compile_program, describe, draw_samples, largest_pixel
+from diffjax.pipelines.generate import Samples, compile_program, describe, draw_samples, largest_pixel, pixels_of
 from diffjax.pipelines.heldout import heldout_loss
 from diffjax.pipelines.judge import Judge
 from diffjax.pipelines.sampler import Settings, can_guide, grid, settings_for
@@ -303,7 +303,10 @@ def pictures(folder: Path, run, settings: Settings, samples: Samples, judge: Jud
     reports.draw_grid(folder, samples, note=describe(settings, samples.cost), **shared)
     reports.draw_neighbours(folder, samples, judge.train, judge.heldout, **shared)
     begin = grid(run, settings).at(slice(None, -1))
-    viz.save(viz.denoising_strip(*samples.path, begin.alpha, begin.sigma), folder / "strip.png")
+    # Latents are shown as what the data set makes of them.
+    seen = lambda tiles: pixels_of(run.dataset, tiles) * (2 / shared["max_value"]) - 1
+    show = None if samples.images.shape[1:] == tuple(run.dataset.shape) else seen
+    viz.save(viz.denoising_strip(*samples.path, begin.alpha, begin.sigma, show=show), folder / "strip.png")
     log = Path(workdir) / "metrics.jsonl"
     metrics = viz.read_metrics(log) if log.exists() else {}
     if "loss" in metrics:

@@ -155,10 +155,19 @@ def draw_samples(
     bar = (lambda batches: tqdm(batches, desc=show, unit="batch", leave=False, disable=None)) if show else iter
     x = in_batches(one, seeds, labels, batch_size=batch_size, progress=bar)
     seconds = time.perf_counter() - begun
-    images, labels = np.asarray(run.dataset.to_pixels(x)), np.asarray(labels, np.int32)
+    images, labels = pixels_of(run.dataset, x, batch_size=batch_size), np.asarray(labels, np.int32)
     shown = min(3, len(labels))
     path = tuple(np.asarray(part)[: settings.steps, :shown] for part in paths[0])
     return Samples(x, images, labels, np.asarray(seeds), settings, program.count(levels), seconds, path)
+
+
+def pixels_of(dataset, x: np.ndarray, *, batch_size: int = 128) -> np.ndarray:
+    """The integers of samples `[N, ...]`, in batches of one size: a decoder of latents holds no more at once."""
+    parts = []
+    for start in range(0, len(x), batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), len(x) - 1)
+        parts.append(np.asarray(dataset.to_pixels(x[rows]))[: len(x) - start])
+    return np.concatenate(parts)
 
 
 def largest_pixel(dataset) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffjax import metrics, registry
 from diffjax.data import Unreadable, UnreadableError
-from diffjax.pipelines.generate import largest_pixel
+from diffjax.pipelines.generate import largest_pixel, pixels_of
 
 # Features of an image without extractor, and images of a half that are used, at most: both keep an evaluation short.
 FEATURES, IMAGES = 256, 2000
@@ -116,7 +116,7 @@ def halves(protocol: metrics.Protocol, repeats: int = 10) -> tuple[float, float]
 def integers(dataset, source, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """`(images [N, H, W, C] uint8, labels [N] int32)` of up to `limit` items, evenly chosen over the source."""
     items = read_items(source, limit)
-    images = np.asarray(dataset.to_pixels(np.stack([item["image"] for item in items])))
+    images = pixels_of(dataset, np.stack([item["image"] for item in items]))
     return images, np.array([int(item["label"]) for item in items], np.int32)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from matplotlib.figure import Figure
 
 from diffjax.viz.grids import image_grid
 
 
-def denoising_strip(x, x0, alpha, sigma, *, columns: int = 12, title: str = "From noise to image") -> Figure:
+def denoising_strip(
+    x, x0, alpha, sigma, *, columns: int = 12, title: str = "From noise to image", show: Callable | None = None
+) -> Figure:
     """A strip of two rows per sample: the state `x` and the prediction of `x0` from it, with `sigma / alpha` below.
 
     `x` is shown over `sqrt(alpha^2 + sigma^2)`, so that every level has the contrast of the data.
@@ -19,6 +23,7 @@ def denoising_strip(x, x0, alpha, sigma, *, columns: int = 12, title: str = "Fro
       alpha: `[n]`; `sigma`: `[n]`.
       columns: levels shown, evenly chosen among the n, first and last included.
       title: the heading.
+      show: `[N, H, W, C] -> images [N, h, w, 1 or 3]` as `image_grid` takes them, for states that are no images.
 
     Raises:
       ValueError: where the shapes disagree.
@@ -36,9 +41,10 @@ def denoising_strip(x, x0, alpha, sigma, *, columns: int = 12, title: str = "Fro
     captions = ([""] * len(chosen) + [" "] * len(chosen)) * samples
     captions[-len(chosen) :] = [_level(alpha[i], sigma[i]) for i in chosen]
     return image_grid(
-        tiles, columns=len(chosen), captions=captions, row_labels=["x", "x0 predicted"] * samples, title=title,
+        tiles if show is None else show(tiles), columns=len(chosen), captions=captions,
+        row_labels=["x", "x0 predicted"] * samples, title=title,
         note="Left to right: the steps of the solver. Below: noise over signal, sigma / alpha.",
-    )
+    )  # fmt: skip
 
 
 def _level(alpha: float, sigma: float) -> str:

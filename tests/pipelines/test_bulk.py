@@ -106,28 +106,45 @@ CODEC = """
 sizes = []
 
 def encode(images):
-    return images[:, ::2, ::2]
+    n, h, w, _ = images.shape
+    return images.reshape(n, h // 2, 2, w // 2, 2).transpose(0, 1, 3, 2, 4).reshape(n, h // 2, w // 2, 4)
 
 def decode(latents):
     sizes.append(len(latents))
-    return latents.repeat(2, 1).repeat(2, 2)
+    n, h, w, _ = latents.shape
+    return latents.reshape(n, h, w, 2, 2).transpose(0, 1, 3, 2, 4).reshape(n, 2 * h, 2 * w, 1)
 """
 
 
-def test_samples_of_latents_are_kept_as_decoded_images(tmp_path, monkeypatch):
-    (tmp_path / f"{MODULE}.py").write_text(CODEC)
-    monkeypatch.syspath_prepend(tmp_path)
-    write_latents("digits()", f"{MODULE}:encode", str(tmp_path / "latents"), shards=1)
-    folder = trained(tmp_path / "run", f"latents(path={str(tmp_path / 'latents')!r}, decode='{MODULE}:decode')")
+@pytest.fixture(scope="module")
+def of_latents(tmp_path_factory):
+    root = tmp_path_factory.mktemp("latents")
+    (root / f"{MODULE}.py").write_text(CODEC)
+    sys.path.insert(0, str(root))
+    write_latents("digits()", f"{MODULE}:encode", str(root / "data"), shards=1)
+    yield trained(root / "run", f"latents(path={str(root / 'data')!r}, decode='{MODULE}:decode')")
+    sys.path.remove(str(root))
+
+
+def test_samples_of_latents_are_kept_as_decoded_images(of_latents, tmp_path):
     sizes = __import__(MODULE).sizes
     sizes.clear()
-    first = bulk.sample_many(folder, 30, out=tmp_path / "out", **QUICK)
+    first = bulk.sample_many(of_latents, 30, out=tmp_path, **QUICK)
     assert set(sizes) == {8}  # A decoder never gets more than a batch.
-    again = bulk.sample_many(folder, 30, out=tmp_path / "out", **QUICK)
+    again = bulk.sample_many(of_latents, 30, out=tmp_path, **QUICK)
     assert (first.drawn, again.drawn, again.kept) == (30, 0, 30)
-    found, _ = bulk.read_samples(tmp_path / "out", load_run(str(folder)))
-    assert found.images.shape == (30, 8, 8, 1)
-    np.testing.assert_array_equal(found.images[:, ::2, ::2], found.images[:, 1::2, 1::2])
+    run = load_run(str(of_latents))
+    found, _ = bulk.read_samples(tmp_path, run)
+    assert found.images.shape == (30, 8, 8, 1) and run.dataset.shape == (4, 4, 4)
+    one = draw_samples(run, settings_for(run, steps=3), found.seeds, found.labels, batch_size=30)
+    assert np.mean(np.abs(one.images.astype(int) - found.images) > 1) < 0.005 and found.images.std() > 1
+
+
+def test_a_run_on_latents_is_evaluated_on_decoded_images(of_latents, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.judges.metrics, "baseline_rows", lambda *_: {"floor": {"fd_pixels": 0.1}})
+    report = evaluate.evaluate(of_latents, num_samples=20, batch_size=20, steps=2, quick=True, out=tmp_path)
+    assert report["heldout"]["images"] == 898 and next(iter(report["rows"].values()))["fd_pixels"] > 0
+    assert {"grid.png", "neighbours.png", "strip.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_other_settings_are_refused_with_every_difference(workdir, whole):

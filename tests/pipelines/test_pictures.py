@@ -1,8 +1,8 @@
-"""Pictures of an evaluation of many classes."""
+"""Pictures of an evaluation of many classes, and the small images that it compares."""
 
 import numpy as np
 
-from diffjax.pipelines import report
+from diffjax.pipelines import judge, report
 from diffjax.pipelines.generate import Samples
 from diffjax.pipelines.sampler import Cost, Settings
 
@@ -32,3 +32,10 @@ def test_few_classes_are_all_shown_and_blank_where_there_is_no_sample(tmp_path, 
     )
     report.draw_grid(tmp_path, samples_of([3, 1, 3, 1]), num_classes=4, max_value=255, note="")
     np.testing.assert_array_equal(drawn["images"][:, 0, 0, 0], [0, 1, 0, 3] * 2)
+
+
+def test_small_versions_are_means_of_blocks_however_many_there_are(monkeypatch):
+    monkeypatch.setattr(judge, "CHUNK", 3)
+    images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 1), dtype=np.uint8)
+    means = images.astype(np.float64).reshape(7, 16, 2, 16, 2, 1).mean((2, 4))
+    np.testing.assert_array_equal(judge.pooled(images), np.rint(means))

@@ -60,6 +60,10 @@ def test_strip_shows_first_and_last_level_and_the_states_at_unit_scale():
     figure = viz.denoising_strip(x, x0, np.ones(31), sigma, columns=6)
     texts = [t.get_text() for t in figure.axes[0].texts if t.get_text().strip()]
     assert texts.count("x0 predicted") == 2 and "40" in texts and texts[-1] == "0" and len(texts) == 2 + 4 + 6
+    seen = []
+    latents = np.tile(x0, (1, 1, 1, 1, 4))
+    viz.denoising_strip(latents, latents, np.ones(31), 0 * sigma, show=lambda t: seen.append(t.shape) or t[..., :1])
+    assert seen == [(12 * 2 * 2, 4, 4, 4)]  # Both rows of two samples at twelve levels, before anything is drawn.
     with pytest.raises(ValueError, match=r"\[n, S, H, W, C\]"):
         viz.denoising_strip(x[0], x0[0], np.ones(31), sigma)
     for alpha, levels in ((np.ones(30), sigma), (np.ones(31), sigma[1:]), (np.ones(30), sigma[1:])):
