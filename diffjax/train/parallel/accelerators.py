@@ -50,7 +50,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         Accelerator("h100", 989.4 * _T, 80 * _GB, 3350 * _GB, 450 * _GB, 8, r"NVIDIA H100( SXM5?)?( 80GB HBM3)?"),
         Accelerator("h200", 989.4 * _T, 141 * _GB, 4800 * _GB, 450 * _GB, 8, r"NVIDIA H200( SXM5?)?( 141GB HBM3e)?"),
         Accelerator("b200", 2250 * _T, 180 * _GB, 7700 * _GB, 900 * _GB, 8, r"NVIDIA B200.*"),
-        Accelerator("tpu_v4", 275 * _T, 32 * _GiB, 1228 * _GB, 300 * _GB, 4096, r"TPU v4"),
+        Accelerator("tpu_v4", 275 * _T, 32 * _GiB, 1200 * _GB, 300 * _GB, 4096, r"TPU v4"),
         Accelerator("tpu_v5e", 197 * _T, 16 * _GiB, 819 * _GB, 200 * _GB, 256, r"TPU v5( lite|e)"),
         Accelerator("tpu_v5p", 459 * _T, 95 * _GiB, 2765 * _GB, 600 * _GB, 8960, r"TPU v5p?"),
         Accelerator("tpu_v6e", 918 * _T, 32 * _GiB, 1638 * _GB, 400 * _GB, 256, r"TPU v6( lite|e)"),
