@@ -97,7 +97,7 @@ def make_train_step(
             steps=jnp.ones((), jnp.int32),
             loss=loss,
             terms={name: jnp.mean(values) for name, values in terms.items()},
-            bin_loss=losses @ count,
+            bin_loss=jnp.dot(losses, count, precision=jax.lax.Precision.HIGHEST),
             bin_count=jnp.sum(count, axis=0),
             grad_norm=grad_norm,
             update_norm=optax.tree.norm(updates),

@@ -2,7 +2,7 @@
 
 Dense bfloat16 peaks, without the factor 2 that sparsity adds on some sheets. Sources:
 
-- A100 SXM 80GB: NVIDIA A100 Tensor Core GPU data sheet (2022).
+- A100 SXM 80GB and 40GB: NVIDIA A100 Tensor Core GPU data sheets (2022 and 2020).
 - H100 SXM: NVIDIA H100 Tensor Core GPU data sheet (2024).
 - H200 SXM: NVIDIA H200 Tensor Core GPU data sheet (2024).
 - B200: NVIDIA HGX B200 data sheet, per GPU (2025).
@@ -47,6 +47,7 @@ ACCELERATORS: dict[str, Accelerator] = {
     row.name: row
     for row in (
         Accelerator("a100", 312 * _T, 80 * _GB, 2039 * _GB, 300 * _GB, 8, r"NVIDIA A100[ -]SXM4?-80GB"),
+        Accelerator("a100_40gb", 312 * _T, 40 * _GB, 1555 * _GB, 300 * _GB, 8, r"NVIDIA A100[ -]SXM4?-40GB"),
         Accelerator("h100", 989.4 * _T, 80 * _GB, 3350 * _GB, 450 * _GB, 8, r"NVIDIA H100( SXM5?)?( 80GB HBM3)?"),
         Accelerator("h200", 989.4 * _T, 141 * _GB, 4800 * _GB, 450 * _GB, 8, r"NVIDIA H200( SXM5?)?( 141GB HBM3e)?"),
         Accelerator("b200", 2250 * _T, 180 * _GB, 7700 * _GB, 900 * _GB, 8, r"NVIDIA B200.*"),

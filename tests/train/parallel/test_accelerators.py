@@ -9,6 +9,7 @@ from diffjax.train.parallel.accelerators import ACCELERATORS, accelerator, accel
     "kind, name",
     [
         ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100_40gb"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA B200", "b200"),
