@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from ml_collections import ConfigDict
 from diffjax.train import loop
 from diffjax.train.checkpoint import CheckpointError, open_checkpoints
 from diffjax.train.errors import WorkdirError
-from diffjax.train.survival.saving import Files
+from diffjax.train.survival import saving
+from diffjax.train.survival.saving import Files, keep
 
 USER = """
 import numpy as np
@@ -190,6 +192,22 @@ class Broken:
             raise OSError(28, "No space left on device")
 
         return fail
+
+
+def test_several_processes_bear_no_failed_save(tmp_path, monkeypatch):
+    def save(*args):
+        raise CheckpointError("no space")
+
+    (tmp_path / "config.json").write_text("{}")
+    told = types.SimpleNamespace(write_texts=lambda step, texts: None)
+    session = types.SimpleNamespace(
+        config=ConfigDict(dict(on_save_error="continue")), workdir=str(tmp_path), terminal=told, iterator=None,
+        checkpoints=types.SimpleNamespace(save=save, wait=lambda: None),
+    )  # fmt: skip
+    assert not keep(session, 1, {}, {}, {}, last=False)
+    monkeypatch.setattr(saving.processes, "jax_count", lambda: 2)
+    with pytest.raises(CheckpointError, match="no space"):
+        keep(session, 1, {}, {}, {}, last=False)
 
 
 def test_metrics_that_cannot_be_written_end_the_run_clearly_or_are_borne(caplog):
