@@ -19,9 +19,9 @@ def heldout_loss(run, *, batch_size: int = 128) -> dict:
     """`{"loss": mean over levels, "levels": [one a log-SNR], "logsnr": [...], "images": how many}` on held-out images.
 
     At each level it is EDM's loss (Karras et al. 2022, arXiv:2206.00364, Eq. 8 with the weight of Table 1): the mean
-    squared error of x0 times `(s^2 + d^2) / (s d)^2`, s = sigma / alpha and d = 0.5, which is the error of a target of
-    unit variance. Levels are equally spaced in log-SNR, the noise is the same for every run, labels are given. It is
-    no bound on the likelihood and depends on no setting of the training.
+    squared error of x0 times `(s^2 + d^2) / (s d)^2`, s = sigma / alpha and d = 0.5, which for centred data of standard
+    deviation d is the error of a target of unit variance. Levels are equally spaced in log-SNR, the noise is the same
+    for every run, labels are given. It is no bound on the likelihood and depends on no setting of the training.
 
     Args:
       run: what `load_run` returned.
