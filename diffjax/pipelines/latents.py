@@ -92,8 +92,11 @@ def write_latents(
         work = Work(dataset, fn, root, batch_size, max_bad, pool, progress.advance)
         for shard in left:
             write_shard(work, shard)
-    facts = [facts_of(root, shard) if shard not in left else read_facts(root, shard) for shard in plan]
-    waiting = sum(fact is None for fact in facts)
+    facts = [read_facts(root, shard) for shard in plan]
+    if None not in facts:
+        # Every byte of the other shards is read for this, so only where the index may follow.
+        facts = [fact if shard in left else facts_of(root, shard) for shard, fact in zip(plan, facts, strict=True)]
+    waiting = facts.count(None)
     if not waiting:
         write_json(root / INDEX, index(dataset, plan, facts))
     progress.end(f"{root}: " + (f"{waiting} shards of other processes are still to come" if waiting else "complete"))
