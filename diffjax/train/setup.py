@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from diffjax.train import step as steps
 from diffjax.train.checkpoint.init_from import first_state_from
-from diffjax.train.parallel import accumulate, pmap, sharding
+from diffjax.train.parallel import accumulate, pmap, processes, sharding
 from diffjax.train.parallel.activations import constrained
 from diffjax.train.parallel.mesh import batch_groups
 from diffjax.train.parts import Parts
@@ -19,7 +19,12 @@ from diffjax.train.survival import guard
 
 def first_state(config, parts: Parts, checkpoints, iterator, state_sharding) -> tuple[int, TrainState]:
     """The newest checkpoint (the iterator is set to it as well), or the state at step 0: the initial one, or the one
-    that `config.init_from` gives."""
+    that `config.init_from` gives.
+
+    Raises:
+      ConfigError: for a source that does not fit, or processes that do not see one folder.
+      CheckpointError: if there are checkpoints and none can be read.
+    """
     like = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract_state(parts),
@@ -28,6 +33,8 @@ def first_state(config, parts: Parts, checkpoints, iterator, state_sharding) -> 
     restored = checkpoints.restore(like, iterator)
     if restored is not None:
         return int(restored[0]), restored[1]
+    # Folders that differ show in their checkpoints; without any, only so.
+    processes.share(checkpoints.directory.parent)
     if config.init_from:
         return 0, first_state_from(config, parts, state_sharding)
     key = jax.random.key(config.seed)
@@ -46,7 +53,7 @@ def compile_step(config, parts: Parts, mesh, state_sharding):
     if config.sharding == "pmap" or len(compiled) > 1:
         split = (lambda batch: pmap.split(batch, mesh.size)) if config.sharding == "pmap" else (lambda batch: batch)
         step_fn = lambda state, window, batch: compiled[batch["image"].shape[1:]](state, window, split(batch))
-    return step_fn, lambda: jax.device_put(blank, everywhere)
+    return step_fn, lambda: sharding.place(blank, everywhere)
 
 
 def lower_step(config, parts: Parts, mesh, state_sharding, shape=None) -> jax.stages.Lowered:

@@ -15,7 +15,9 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +32,8 @@ from diffjax.train.survival.signals import caught_signals
 
 JOIN_S = 300
 MEET_S = 3600
+# A network file system may show a new file late.
+SHARED_S = 20
 USAGE_ERROR = 2  # the exit code of `diffjax` for what was asked wrongly
 # Later than our own limit, which names the process; this one is for what Python can no longer see.
 _HEARTBEAT_S = 90
@@ -163,6 +167,31 @@ def meet(name: str, *, timeout_s: int = MEET_S) -> None:
         return
     call = client.key_value_increment(f"diffjax/meet/{name}/calls/{index}", 1)
     client.wait_at_barrier(f"diffjax/meet/{name}/{call}", timeout_s * 1000)
+
+
+def share(folder: str | os.PathLike) -> None:
+    """Returns when every process has seen in `folder` what the first one made there; does nothing for a single process.
+
+    Raises:
+      ConfigError: on every process, if one does not see it.
+    """
+    client, index = distributed.global_state.client, jax_index()
+    if client is None or jax_count() == 1:
+        return
+    key = f"diffjax/share/{client.key_value_increment(f'diffjax/share/calls/{index}', 1)}"
+    if index == 0:
+        mark = Path(folder, f".shared-{uuid.uuid4().hex}")
+        mark.touch()
+        client.key_value_set(key, mark.name)
+    mark = Path(folder, client.blocking_key_value_get(key, MEET_S * 1000))
+    until = time.monotonic() + SHARED_S
+    while not (seen := mark.exists()) and time.monotonic() < until:
+        time.sleep(0.2)
+    try:
+        agree("folder", {"sees what process 0 wrote": seen}, f"{str(folder)!r} must be one folder that all of them see")
+    finally:
+        if index == 0:
+            mark.unlink(missing_ok=True)
 
 
 def least(value: int) -> int:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.train import step as steps
+from diffjax.train.parallel.mesh import place
 
-POLICIES = ("stop", "skip", "rollback")
 DEFAULTS = dict(on_bad="stop", spike=0.0, patience=5, max_events=20)
 # How many skipped steps of one window are known by number.
 LISTED = 16
@@ -59,20 +59,19 @@ def with_window(settings, train_step: Callable) -> Callable:
 
     def step(state, window, batch):
         after, metrics = train_step(state, batch)
-        guard, window = window.guard, window._replace(guard=())
-        spiked = metrics.loss > guard.limit
-        return act(state, after, window, metrics, guard, spiked)
+        return act(state, after, window, metrics)
 
     return step
 
 
-def _mark(state, after, window, metrics, guard, spiked):
-    marked = jnp.where(spiked, state.step, metrics.bad_step)
-    return after, steps.add(window, metrics._replace(bad_step=marked))._replace(guard=guard)
+def _mark(state, after, window, metrics):
+    marked = jnp.where(metrics.loss > window.guard.limit, state.step, metrics.bad_step)
+    return after, _added(window, metrics._replace(bad_step=marked))
 
 
-def _skip(state, after, window, metrics, guard, spiked):
-    bad = spiked | ~jnp.isfinite(metrics.loss) | ~jnp.isfinite(metrics.grad_norm)
+def _skip(state, after, window, metrics):
+    guard = window.guard
+    bad = (metrics.loss > guard.limit) | ~jnp.isfinite(metrics.loss) | ~jnp.isfinite(metrics.grad_norm)
     choose = lambda old, new: jax.tree.map(lambda a, b: jnp.where(bad, a, b), old, new)
     first = bad & (guard.skipped == 0)
     noted = Guard(
@@ -83,14 +82,18 @@ def _skip(state, after, window, metrics, guard, spiked):
     )
     # The count of steps goes on, so that the next step draws other noise.
     left = choose(state, after)._replace(step=after.step)
-    return left, choose(window, steps.add(window, metrics))._replace(guard=noted)
+    return left, choose(window, _added(window, metrics))._replace(guard=noted)
+
+
+def _added(window, metrics):
+    return steps.add(window._replace(guard=()), metrics)._replace(guard=window.guard)
 
 
 def limited(window: Any, limit: float) -> Any:
     """An empty window whose steps are bad above a loss."""
     if not isinstance(window.guard, Guard):
         return window
-    placed = jax.device_put(np.float32(limit), window.guard.limit.sharding)
+    placed = place(np.float32(limit), window.guard.limit.sharding)
     return window._replace(guard=window.guard._replace(limit=placed))
 
 

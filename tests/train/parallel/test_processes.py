@@ -30,6 +30,9 @@ try:
     with processes.joined(found, describe, timeout_s=int(sys.argv[5])) as watch:
         processes.agree("facts", {"lr": fact, "seed": 0}, "start all alike")
         processes.agree("facts", {"again": 1}, "start all alike")
+        processes.SHARED_S = 1
+        processes.share(sys.argv[6])
+        assert os.listdir(sys.argv[6]) == [] or not processes.is_first()
         print("agreed", watch.name(), processes.is_first())
         if fact == "fails":
             raise OSError("no space left")
@@ -47,11 +50,12 @@ CASES = {
     "missing": [(2, 0, "")],
     "twice": [(3, 0, ""), (3, 1, ""), (3, 1, "")],
     "busy": [(2, 0, "")],
+    "apart": [(2, 0, "0.1"), (2, 1, "0.1")],
 }
 
 
 @pytest.fixture(scope="module")
-def ended():
+def ended(tmp_path_factory):
     """`{case: [(exit code, stdout, stderr) of each process]}`; all cases run at once."""
     taken = socket.create_server(("", 0))
     running = {}
@@ -59,16 +63,10 @@ def ended():
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = (taken if case == "busy" else free).getsockname()[1]
         for count, index, fact in members:
-            command = [
-                sys.executable,
-                "-c",
-                SCRIPT,
-                f"127.0.0.1:{port}",
-                str(count),
-                str(index),
-                fact,
-                str(WAIT.get(case, 100)),
-            ]
+            folder = tmp_path_factory.getbasetemp() / (f"{case}{index}" if case == "apart" else case)
+            folder.mkdir(exist_ok=True)
+            arguments = (f"127.0.0.1:{port}", count, index, fact, WAIT.get(case, 100), folder)
+            command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             running.setdefault(case, []).append(process)
     found = {}
@@ -90,6 +88,12 @@ def test_a_difference_is_shown_by_all(ended):
     for code, _, err in ended["differ"]:
         assert code == 2
         assert "processes 0 and 2 of 3 differ in the facts (lr: 0.1 | 0.2); start all alike" in err
+
+
+def test_folders_that_are_not_one_are_told(ended):
+    for code, _, err in ended["apart"]:
+        assert code == 2
+        assert "sees what process 0 wrote: True | False" in err and "must be one folder that all of them see" in err
 
 
 def test_an_error_ends_all_with_its_code(ended):
