@@ -179,6 +179,27 @@ def test_stop_writes_evidence_and_the_run_may_go_on_with_another_policy(tmp_path
     close(final(tmp_path), reference(data, range(STEPS), left_out={BAD}))
 
 
+@pytest.mark.parametrize("policy", ["rollback", pytest.param("skip", marks=pytest.mark.faults)])
+def test_evidence_that_cannot_be_written_does_not_stop_a_run(tmp_path, policy, caplog):
+    data, _ = poisoned(BAD)
+    (tmp_path / "evidence").write_text("a file in the place of the folder")
+    assert train(tmp_path, data, guard=dict(on_bad=policy)).step == STEPS
+    left = [n for n in range(STEPS + 2) if n not in (BAD - 1, BAD)]
+    wanted = reference(data, left) if policy == "rollback" else reference(data, range(STEPS), left_out={BAD})
+    close(final(tmp_path), wanted)
+    assert f"no evidence about step {BAD + 1}: FileExistsError" in caplog.text
+
+
+def test_each_bad_step_of_a_window_has_evidence_of_its_own(tmp_path):
+    data, items = poisoned(20, 21)
+    assert train(tmp_path, data, guard=dict(on_bad="skip")).step == STEPS
+    facts = [json.loads((tmp_path / "evidence" / f"step_{step}.json").read_text()) for step in (21, 22)]
+    for number, item, found in zip((20, 21), items, facts, strict=True):
+        assert found["batch"] == number and found["batch_ids"][number % BATCH] == item
+    # The device keeps what it saw of the first one alone.
+    assert facts[0]["seen"]["loss"] == "nan" and "seen" not in facts[1]
+
+
 def test_a_spike_stops_the_run_where_that_is_asked_for(tmp_path):
     data, _ = poisoned(BAD, value="300.0")
     with pytest.raises(NonFiniteError, match="has a loss above .*config.guard.spike times its median"):

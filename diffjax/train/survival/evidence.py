@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +15,10 @@ import numpy as np
 import optax
 
 from diffjax.train import step as steps
-from diffjax.train.parallel import sharding
+from diffjax.train.parallel import processes, sharding
 from diffjax.train.parallel.accumulate import whole
+
+log = logging.getLogger(__name__)
 
 FOLDER = "evidence"
 
@@ -41,55 +46,88 @@ def describe(window: steps.Metrics, limit: float) -> str:
     )
 
 
-def write(session: Any, state: Any, step: int, text: str, stats: steps.BatchStats) -> str:
-    """The path of `evidence/step_<step>.json`, written together with a `.npz` of the batch.
+def write(session: Any, state: Any, bad: Mapping[int, str], stats: steps.BatchStats) -> list[str]:
+    """The paths of `evidence/step_<step>.json`, each written together with a `.npz` of the batch.
 
-    The batch is read again, and its loss and gradient are computed again, with the noise of that step, from the
-    parameters at hand: those of the last good checkpoint, or, when a step was skipped, of a few steps later.
+    Each batch is read again, and its loss and gradient are computed again, with the noise of that step, from the
+    parameters at hand: those of the last good checkpoint, or, when a step was skipped, of a few steps later. Evidence
+    decides nothing about a run: what cannot be had is logged, and the iterator is left where it was. All processes make
+    the same call.
 
     Args:
       session: of the loop.
       state: a good state, which is left as it is.
-      step: index (from 0) of the bad step.
-      text: what was reported.
-      stats: of the batch when it was bad.
+      bad: what was reported of each bad step, by its index (from 0).
+      stats: of the batch of the first of them when it was bad.
     """
-    number = session.iterator.batch_of(step)
-    before = session.iterator.get_state()
-    session.iterator.set_state({"next_index": number})
-    batch = next(session.iterator)
-    session.iterator.set_state(before)
-    placed = sharding.place_batch(batch, session.mesh)
-    like = state._replace(step=jnp.full_like(state.step, step))
     everywhere = sharding.replicated(session.mesh)
     run = jax.jit(probe(session.parts, session.config), out_shardings=everywhere)
-    found = jax.device_get(run(like, placed))
-    facts = {
-        "step": step + 1,
-        "message": text,
-        "batch": number,
-        "batch_ids": np.asarray(session.iterator.batch_ids(number)).tolist(),
-        "seen": {name: np.asarray(value).tolist() for name, value in stats._asdict().items()},
-        "parameters_of_step": int(state.step),
+    paths = []
+    for step, text in bad.items():
+        number, batch = session.iterator.batch_of(step), None
+        with _told(step):
+            batch = again(session.iterator, number)
+        # Who cannot read its rows must not leave the others waiting in the computation.
+        if not processes.least(batch is not None):
+            continue
+        with _told(step):
+            like = state._replace(step=jnp.full_like(state.step, step))
+            found = jax.device_get(run(like, sharding.place_batch(batch, session.mesh)))
+            facts = {"step": step + 1, "message": text, "batch": number}
+            facts["batch_ids"] = np.asarray(session.iterator.batch_ids(number)).tolist()
+            if step == next(iter(bad)):
+                facts["seen"] = {name: np.asarray(value).tolist() for name, value in stats._asdict().items()}
+            paths.append(store(session.workdir, facts | {"parameters_of_step": int(state.step)}, found))
+    return paths
+
+
+def again(iterator: Any, number: int) -> dict[str, np.ndarray]:
+    """The batch of a number, read anew; the iterator is left where it was, also when that fails."""
+    before = iterator.get_state()
+    try:
+        iterator.set_state({"next_index": number})
+        return next(iterator)
+    finally:
+        iterator.set_state(before)
+
+
+def store(workdir: str, facts: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Writes facts and what was found as `.json` and `.npz`, in the first process alone; the path of the first.
+
+    Raises:
+      OSError: disk full, folder gone or read-only.
+    """
+    told = dict(facts) | {
         "loss": float(np.mean(found["losses"])),
         "loss_by_logsnr": by_level(found["losses"], found["logsnr"]),
         "gradient_norm_by_module": {name: float(value) for name, value in sorted(found["norms"].items())},
     }
-    path = os.path.join(session.workdir, FOLDER, f"step_{step + 1}.json")
-    if jax.process_index() == 0:
+    path = os.path.join(workdir, FOLDER, f"step_{facts['step']}.json")
+    if processes.is_first():
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        np.savez(path.removesuffix(".json") + ".npz", **batch, losses=found["losses"], logsnr=found["logsnr"])
+        arrays = found["batch"] | {"losses": found["losses"], "logsnr": found["logsnr"]}
+        np.savez(path.removesuffix(".json") + ".npz", **arrays)
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(_finite(facts), file, indent=1)
+            json.dump(_finite(told), file, indent=1)
             file.write("\n")
     return path
 
 
+@contextlib.contextmanager
+def _told(step: int):
+    """Turns whatever goes wrong about the evidence of a step into a warning."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("no evidence about step %d: %s: %s", step + 1, type(error).__name__, error)
+
+
 def probe(parts: Any, config: Any):
-    """`(state, batch) -> {"losses": [B], "logsnr": [B], "norms": {module: norm}}`: a step up to its gradient."""
+    """`(state, batch) -> {"losses": [B], "logsnr": [B], "norms": {module: norm}, "batch": batch}`: a step up to its
+    gradient."""
 
     def run(state, batch):
-        found: dict = {}
+        found: dict = {"batch": batch}
 
         def gradient(loss_fn):
             inner = whole(loss_fn)

@@ -55,12 +55,13 @@ def recover(session: Any, window: steps.Metrics, end: int) -> tuple[int, Any]:
     skips, events, batches = memory.skips, memory.events + 1, (memory.batch_of(first), memory.batch_of(end - 1) + 1)
     try:
         step, state = restart(session)
-        memory.skips = skips
-        text += f"; evidence: {evidence.write(session, state, bad, text, window.batch)}"
     except Exception as error:
         if settings.on_bad == "rollback":
             raise
         log.warning("no evidence about step %d: %s: %s", bad + 1, type(error).__name__, error)
+    else:
+        memory.skips = skips
+        text += "".join(f"; evidence: {path}" for path in evidence.write(session, state, {bad: text}, window.batch))
     if settings.on_bad != "rollback":
         raise NonFiniteError(text)
     if events > settings.max_events:
@@ -95,12 +96,9 @@ def note_skipped(session: Any, window: steps.Metrics, state: Any) -> None:
     listed = [int(s) for s in guard.steps if s != steps.NEVER]
     shown = window._replace(bad_step=guard.steps[0], batch=guard.batch)
     text = evidence.describe(shown, float(guard.limit))
-    try:
-        for i, bad in enumerate(listed):
-            path = evidence.write(session, state, bad, text if i == 0 else f"step {bad + 1} is bad", guard.batch)
-            text += f"; evidence: {path}" if i == 0 else ""
-    except (OSError, RuntimeError, ValueError) as error:
-        log.warning("no evidence about step %d: %s: %s", listed[0] + 1, type(error).__name__, error)
+    told = {bad: f"step {bad + 1} is bad" for bad in listed} | {listed[0]: text}
+    paths = evidence.write(session, state, told, guard.batch)
+    text += f"; evidence: {paths[0]}" if paths else ""
     numbers = ", ".join(str(bad + 1) for bad in listed)
     if count > settings.patience:
         raise NonFiniteError(f"{count} bad steps ({numbers}) since the last log line, more than guard.patience: {text}")
