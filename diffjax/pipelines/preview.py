@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from diffjax.pipelines.generate import largest_pixel
 from diffjax.pipelines.sampler import check_guidance, compile_sampler, grid, in_batches, settings_of
+from diffjax.train.parallel.mesh import gather
 from diffjax.train.parts import Parts
 from diffjax.train.state import Run, opened
 
@@ -45,7 +46,7 @@ def preview(config: ConfigDict, parts: Parts) -> Callable[[dict, int], np.ndarra
         run = opened(base, params, step)
         # A schedule that is trained is another one each time, and so is the sampler.
         levels, draw = built if run.schedule is base.schedule else build(run)
-        one = lambda keys, labels: draw(params, keys, labels, levels, settings.guidance)
+        one = lambda keys, labels: gather(draw(params, keys, labels, levels, settings.guidance))
         pixels = parts.dataset.to_pixels(in_batches(one, seeds, labels, batch_size=ROWS * COLUMNS))
         return sheet((pixels * (255 / largest_pixel(parts.dataset))).round().astype(np.uint8), COLUMNS)
 

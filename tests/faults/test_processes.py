@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffjax.train.checkpoint import open_checkpoints
 from diffjax.train.errors import RESUME
@@ -115,7 +116,8 @@ def assert_same_bits(a, b):
 PLAIN = {"optim.name": "sgd", "optim.clip": 1.0, "num_steps": 20, "augment": "('shift(pixels=1)',)"}
 
 
-@pytest.mark.parametrize("mode", ["fsdp", pytest.param("data", marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("mode", ["fsdp", "data"])
 def test_two_processes_train_what_one_does(tmp_path, mode):
     """With half of each batch read by each, the same parameters but for the order of sums: 20 steps in float32."""
     finish(tmp_path / "one", count=1, sharding=mode, **PLAIN)
@@ -128,6 +130,19 @@ def test_two_processes_train_what_one_does(tmp_path, mode):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
     rows = [line for line in (tmp_path / "two.1.log").read_text().splitlines() if "Gloo" not in line]
     assert rows == []
+
+
+@pytest.mark.faults
+def test_two_processes_show_the_samples_of_one(tmp_path):
+    """Of parameters that no process holds as a whole."""
+    settings = PLAIN | {"sharding": "fsdp", "sample_every": 20, "sample.steps": 2}
+    sheets = []
+    for count in (1, 2):
+        finish(tmp_path / str(count), count=count, **settings)
+        [picture] = (tmp_path / str(count) / "samples").iterdir()
+        sheets.append(np.asarray(Image.open(picture).convert("L"), int))
+    # Rounding in float32 moves a grey level by one at most.
+    assert sheets[0].shape == sheets[1].shape and np.abs(sheets[0] - sheets[1]).max() <= 1
 
 
 LONG = {"num_steps": 200}

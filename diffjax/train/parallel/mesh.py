@@ -118,6 +118,15 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
+def gather(array: Any) -> np.ndarray:
+    """The whole of an array in host memory; of one that spans processes, on all of them, which must all call this."""
+    if getattr(array, "is_fully_addressable", True):
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def _put(leaf, sharding):
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
