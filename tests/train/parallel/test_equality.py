@@ -37,7 +37,7 @@ def check(runs, mode, precision):
     assert runs[mode]["dtypes"] == ["float64" if precision == "fp64" else "float32"]
 
 
-@pytest.fixture(scope="module", params=FAST)
+@pytest.fixture(scope="module", params=["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def fast(request):
     return request.param, trained(request.param, "fp32", *FAST[request.param])
 
