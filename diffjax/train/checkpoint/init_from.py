@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from diffjax.train import paths
 from diffjax.train.errors import ConfigError
+from diffjax.train.parallel import processes
 from diffjax.train.parts import Parts
 from diffjax.train.state import CHECKPOINTS, RAW, TrainState, abstract_state, choose_ema, init_params, start_state
 from diffjax.train.survival.workdir import CONFIG_FILE, read_config
@@ -156,6 +157,8 @@ def open_source(config: ConfigDict) -> dict[str, Leaf]:
     if len(kinds) != 1:
         has = "both .safetensors and .npz files" if kinds else "no run, and no .safetensors or .npz file"
         raise ConfigError(f"config.init_from: {config.init_from!r} holds {has}; one kind is read, all files of it")
+    sizes = {file.name: file.stat().st_size for file in files[kinds[0]]}
+    processes.agree("parameters of config.init_from", sizes, "it must be one folder that all of them see")
     reader = {"safetensors": of_safetensors, "npz": of_npz}[kinds[0]]
     leaves: dict[str, Leaf] = {}
     for file in files[kinds[0]]:
@@ -178,11 +181,11 @@ def of_workdir(workdir: Path, ema: str) -> dict[str, Leaf]:
     chosen = choose_ema(config, ema or None)
     checkpoints = open_checkpoints(os.fspath(workdir / CHECKPOINTS), keep=config.keep, best_metric="loss")
     # In host memory: all of it may be more than one accelerator holds.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        restored = checkpoints.restore_part("params" if chosen == RAW else f"ema/{chosen}", None)
+    restored = checkpoints.restore_part("params" if chosen == RAW else f"ema/{chosen}", host=True)
     if restored is None:
         raise ConfigError(f"config.init_from: {os.fspath(workdir)!r} holds no checkpoint yet; train it first")
-    return {name: whole(np.asarray(leaf)) for name, leaf in paths.named_leaves(restored[1]).items()}
+    processes.agree("parameters of config.init_from", {"step": restored[0]}, "let that run end, or stop it, first")
+    return {name: whole(leaf) for name, leaf in paths.named_leaves(restored[1]).items()}
 
 
 def whole(array: np.ndarray) -> Leaf:
