@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +23,8 @@ from diffjax.data.order import make_order, substitutes
 AUGMENTS = {"affine": augmentations.affine, "flip": augmentations.flip, "shift": augmentations.shift}
 
 log = logging.getLogger("diffjax")
+# How long a worker goes on after SIGTERM; a program that ends without closing its iterator waits for that.
+_GRACE_S = 10.0
 
 
 def batches(
@@ -113,8 +119,22 @@ class Reading(NamedTuple):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=self.prefetch)
-            dataset = dataset.mp_prefetch(options)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_serve)
         return iter(dataset)
+
+
+def _serve(index: int, count: int) -> None:
+    """Sets up a worker process: it outlives a signal that a launcher sends to it and the process that it reads for, so
+    that the step at hand has its batch and the run can be saved; and it ends with that process, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    late = lambda *_: threading.Timer(_GRACE_S, os._exit, (128 + signal.SIGTERM,)).start()
+    signal.signal(signal.SIGTERM, late)
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(128 + signal.SIGTERM)
 
 
 class BatchIterator:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -218,6 +219,73 @@ def test_a_worker_that_dies_is_an_error_that_says_so():
     ):
         take(iterator, 4)
     iterator.close()
+
+
+READER = """
+import os, subprocess, sys
+from diffjax.data import batches, digits
+
+if __name__ == "__main__":
+    iterator = batches(digits().train, 4, seed=0, workers=1, prefetch=1)
+    next(iterator)
+    children = subprocess.run(["pgrep", "-f", "-P", str(os.getpid()), "spawn_main"], capture_output=True, text=True)
+    print(children.stdout.strip(), flush=True)
+    sys.stdin.readline()
+    for _ in range(8):
+        next(iterator)
+    print("read", flush=True)
+    if sys.stdin.readline() == "wait\\n":
+        sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A program that reads with a worker, and the worker's process id."""
+    (tmp_path / "program.py").write_text(READER)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        yield program, int(program.stdout.readline())
+        program.kill()
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def say(program, word):
+    program.stdin.write(word + "\n")
+    program.stdin.flush()
+
+
+def ends(pid, seconds=30):
+    until = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_reader(reader):
+    program, worker = reader
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker, number)
+    say(program, "read")
+    assert program.stdout.readline() == "read\n"
+    # It ends without closing the iterator.
+    say(program, "end")
+    assert program.wait(30) == 0 and ends(worker)
+
+
+def test_workers_do_not_outlive_a_reader_that_is_killed(reader):
+    program, worker = reader
+    program.kill()
+    program.wait()
+    assert ends(worker)
 
 
 def test_workers_start_in_a_program_that_never_parsed_absl_flags(tmp_path):
