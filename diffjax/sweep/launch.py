@@ -15,6 +15,8 @@ from typing import NamedTuple
 from diffjax.train.errors import RESUME
 
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
+# Seconds that a run has to save in, where its job is taken away.
+GRACE = 60.0
 
 
 class Job(NamedTuple):
@@ -95,8 +97,19 @@ def call(command: Sequence[str], job: Job, caught: Sequence[int]) -> int:
                     process.send_signal(caught[0])
                     passed = True
         finally:
-            if process.poll() is None:
-                process.kill()
+            # submitit ends a job that is to go back into the queue by an exception: the run saves first.
+            end(process)
+
+
+def end(process: subprocess.Popen, grace: float = GRACE) -> None:
+    """Asks a program to stop, which a training does once it has saved, and kills it `grace` seconds later."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(grace)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def last_line(log: str) -> str:

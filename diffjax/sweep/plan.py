@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffjax.train import config as configs
 from diffjax.train.errors import ConfigError
-from diffjax.train.parts import resolve
+from diffjax.train.parts import assemble, resolve
 
 SWEEP_FILE = "sweep.json"
 
@@ -36,7 +36,9 @@ class Run(NamedTuple):
     workdir: str
 
 
-def plan_runs(config: ConfigDict, grid: Sequence[Mapping[str, str]], seeds: Sequence[int], out: str) -> list[Run]:
+def plan_runs(
+    config: ConfigDict, grid: Sequence[Mapping[str, str]], seeds: Sequence[int], out: str, *, here: bool = True
+) -> list[Run]:
     """The runs of a sweep, seeds of one combination next to each other; nothing is started or written.
 
     Args:
@@ -44,6 +46,7 @@ def plan_runs(config: ConfigDict, grid: Sequence[Mapping[str, str]], seeds: Sequ
       grid: combinations, as from `parse_grid`.
       seeds: for each combination; none means the config's own.
       out: folder of the sweep.
+      here: whether the runs must fit the devices of this machine.
 
     Raises:
       ConfigError: if a combination cannot run; lists every reason with every combination that it stops.
@@ -55,7 +58,7 @@ def plan_runs(config: ConfigDict, grid: Sequence[Mapping[str, str]], seeds: Sequ
     short, wrong, runs = short_names(grid), {}, {}
     for number, values in enumerate(grid):
         try:
-            resolved = resolve(changed(config, values))
+            resolved = checked(changed(config, values), here=here)
             for seed in seeds or (resolved.seed,):
                 run = of_settings(resolved, list(values), seed, short=short, out=out)
                 if run.name in runs:
@@ -69,6 +72,15 @@ def plan_runs(config: ConfigDict, grid: Sequence[Mapping[str, str]], seeds: Sequ
         listed = "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in wrong.items())
         raise ConfigError(f"{count} of {len(grid)} combinations cannot run, and none was started: {listed}")
     return list(runs.values())
+
+
+def checked(config: ConfigDict, *, here: bool) -> ConfigDict:
+    """The resolved config; not `here`, its mesh is left to the machine that runs it, which has other devices."""
+    if here:
+        return resolve(config)
+    filled = configs.fill(config)
+    assemble(filled)
+    return filled
 
 
 def changed(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:

@@ -56,7 +56,7 @@ def sweep(
       WorkdirError: if another process sweeps there.
     """
     out = os.fspath(out)
-    runs = plan_runs(config, parse_grid(grid), seeds, out)
+    runs = plan_runs(config, parse_grid(grid), seeds, out, here=cluster != "slurm")
     refuse_other_config(out, config)
     if dry_run:
         for run in runs:

@@ -18,6 +18,7 @@ import submitit  # noqa: F401
 from ml_collections import ConfigDict
 
 from diffjax import cli, viz
+from diffjax.sweep import launch
 from diffjax.sweep.grid import options_of, parse_grid
 from diffjax.sweep.plan import plan_runs
 from diffjax.sweep.run import sweep
@@ -196,6 +197,26 @@ def test_submitit_runs_them_as_jobs(tmp_path, stub, capsys):
     assert "this seed is unlucky" in capsys.readouterr().out
     with pytest.raises(ValueError, match="submitit on 'local'"):
         sweep(tiny(), "seed=[3]", out, cluster="local", options={"gpu_count": 2}, path=stub)
+
+
+def test_a_run_whose_job_is_taken_away_saves_first():
+    program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit({})); print(1); time.sleep(60)"
+    for code, wanted in (("75", RESUME), ("time.sleep(60)", -signal.SIGKILL)):
+        process = subprocess.Popen([sys.executable, "-uc", program.format(code)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        launch.end(process, grace=2.0)
+        assert process.wait(10) == wanted
+        process.stdout.close()
+
+
+def test_the_mesh_of_another_machine_is_left_to_it():
+    config = tiny()
+    config.mesh = "data=64"
+    with pytest.raises(ConfigError, match="data=64"):
+        plan_runs(config, [{}], (), "out")
+    assert plan_runs(config, [{}], (), "out", here=False)[0].config.mesh == "data=64"
+    with pytest.raises(ConfigError, match="depth"):
+        plan_runs(config, [{"model.depth": "-1"}], (), "out", here=False)
 
 
 def test_the_command_asks_for_what_is_missing(capsys, tmp_path):
