@@ -107,13 +107,18 @@ def run_settings(workdir: str, overrides: dict[str, str], groups: Sequence[str])
     return values
 
 
+def _cluster_flags(arguments) -> dict:
+    from diffjax.train.parallel.cluster import FLAGS
+
+    return {name: getattr(arguments, name) for name in FLAGS}
+
+
 @contextlib.contextmanager
 def together(arguments):
     """The other processes of the command while the block lasts, None where it runs alone; see docs/processes.md."""
     from diffjax.train.parallel import cluster, processes
 
-    flags = {name: getattr(arguments, name) for name in cluster.FLAGS}
-    found = cluster.find(os.environ, **flags)
+    found = cluster.find(os.environ, **_cluster_flags(arguments))
     settings = dict(timeout_s=arguments.join_timeout, stall_s=arguments.stall_timeout)
     with processes.joined(found, describe, **settings) as peers:
         yield peers
@@ -144,9 +149,12 @@ def evaluate(arguments, overrides) -> int:
         others = [f"--{name}" for name in options if name != "out"] + ["--quick"] * arguments.quick
         if others:
             raise UsageError(f"eval: --samples=DIR judges what is there, so {others[0]} has no meaning beside it")
-        from diffjax.pipelines.evaluate import evaluate_samples
+        with together(arguments) as peers:
+            if peers and peers.index:
+                return 0
+            from diffjax.pipelines.evaluate import evaluate_samples
 
-        evaluate_samples(workdir, arguments.samples, **options)
+            evaluate_samples(workdir, arguments.samples, **options)
         return 0
     options["quick"] = arguments.quick
     with together(arguments) as peers:
@@ -190,7 +198,8 @@ def sample_many(arguments, options: dict) -> int:
     from diffjax.pipelines.bulk import place, sample_many
     from diffjax.train.setup import use_compile_cache
 
-    options.setdefault("part", place(os.environ))
+    if "part" not in options:
+        options["part"] = place(os.environ, **_cluster_flags(arguments))
     use_compile_cache()
     sample_many(arguments.workdir, arguments.num, **options)
     return 0

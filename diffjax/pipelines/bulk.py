@@ -132,16 +132,20 @@ def sample_many(
     return Bulk(folder, todo, total - todo, complete)
 
 
-def place(environ: Mapping[str, str]) -> tuple[int, int]:
-    """`(i, n)` of a process among those that a launcher (SLURM, Open MPI, `DIFFJAX_*`) started; `(0, 1)` alone.
+def place(environ: Mapping[str, str], **flags) -> tuple[int, int]:
+    """`(i, n)` of a process among those that a launcher (SLURM, Open MPI, `DIFFJAX_*`) or flags name; `(0, 1)` alone.
 
     Takes the accelerators that the launcher meant for it, so it must come before the first use of a device. Nothing
     joins the processes: one that dies does not stop the others.
 
+    Args:
+      environ: of the process.
+      **flags: `coordinator`, `num_processes` and `process_id`, as for `diffjax.train.parallel.cluster.find`.
+
     Raises:
       ValueError: where only JAX itself could tell, as on a TPU pod.
     """
-    found = cluster.find(environ)
+    found = cluster.find(environ, **flags)
     if found is None:
         return 0, 1
     if found.count is None or found.index is None:

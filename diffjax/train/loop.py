@@ -153,12 +153,14 @@ def advance(session: Session, clock: Clock, step: int, state: TrainState, asked:
             pending = report(session, clock, state, *pending)
         if keeps:
             with clock.paused("ema snapshots"):
-                snapshots.save(session.snapshots, step, state.ema)
+                bear = config.on_save_error == "continue" and processes.jax_count() == 1
+                keep = functools.partial(snapshots.save, session.snapshots, step, state.ema)
+                saving.attempt(session, step, keep, bear=bear)
         if saves:
             saved = step if save(session, clock, step, state, last=ends) else saved
             # The limit on the loss is that of a run that goes on from here.
             window = fresh()
-        if session.picture and (step % config.sample_every == 0 or step == last):
+        if session.picture and not number and (step % config.sample_every == 0 or step == last):
             draw(session, clock, step, state)
     return step, state, number
 
@@ -220,7 +222,12 @@ def conclude(session: Session, clock: Clock, step: int, state: TrainState) -> No
         "devices": f"{session.mesh.size} {session.mesh.devices.flat[0].device_kind}",
         "checkpoints": session.checkpoints.steps(),
     }
-    session.terminal.write_texts(step, {"summary": summarize(session.workdir, facts, clock.seconds())})
+    try:
+        text = summarize(session.workdir, facts, clock.seconds())
+    except OSError as error:
+        # The run itself is saved.
+        text = f"no summary in {session.workdir}: {type(error).__name__}: {error}"
+    session.terminal.write_texts(step, {"summary": text})
 
 
 def mean_loss(windows: list[steps.Metrics]) -> float:

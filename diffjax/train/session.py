@@ -138,7 +138,7 @@ def file_writers(config: ConfigDict, workdir: str, step: int) -> Iterator[writer
     """The writers that leave files in `workdir`."""
     yield writers.Jsonl(os.path.join(workdir, writers.METRICS_FILE), upto=step)
     if config.tensorboard:
-        board = writers.TensorBoard(os.path.join(workdir, "tensorboard"))
+        board = writers.TensorBoard(os.path.join(workdir, "tensorboard"), upto=step)
         board.write_hparams(configs.flat(config))
         yield board
     if config.sample_every:

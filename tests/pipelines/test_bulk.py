@@ -176,6 +176,7 @@ def test_a_launcher_says_which_part(monkeypatch):
     assert bulk.place({}) == (0, 1)
     told = {"DIFFJAX_COORDINATOR": "host:1234", "DIFFJAX_NUM_PROCESSES": "4", "DIFFJAX_PROCESS_ID": "2"}
     assert bulk.place(told) == (2, 4)
+    assert bulk.place({}, coordinator="host:1234", num_processes=4, process_id=3) == (3, 4)
 
 
 EIGHT = """

@@ -333,3 +333,13 @@ def test_the_compile_cache_is_where_it_is_asked_for(monkeypatch):
         assert use_compile_cache() == str(Path("/somewhere/diffjax/jax"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_run_that_is_saved_does_not_fail_for_its_summary(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(loop, "summarize", full)
+    stream = io.StringIO()
+    assert loop.train(tiny(num_steps=2), str(tmp_path), stream=stream) == loop.Result(2, None)
+    assert "no summary in" in stream.getvalue() and "no space left" in stream.getvalue()

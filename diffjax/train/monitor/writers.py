@@ -134,15 +134,19 @@ class Terminal:
 class TensorBoard:
     """TensorBoard event files in a folder, through tensorboardX.
 
+    Args:
+      folder: of the files.
+      upto: the step at which a resumed run goes on; TensorBoard leaves out what was written of later ones before.
+
     Raises:
       ModuleNotFoundError: without tensorboardX; the message says what to install.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, upto: int | None = None):
         require_tensorboard()
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(folder)
+        self._writer = SummaryWriter(folder, purge_step=upto + 1 if upto else None)
 
     def write_scalars(self, step, scalars):
         for name, value in scalars.items():

@@ -29,16 +29,17 @@ def keep(session: Any, step: int, state: Any, config: Mapping, metrics: Mapping[
     """
     bear = session.config.on_save_error == "continue" and processes.jax_count() == 1
     # That the save before failed in the background comes to light here, and says nothing about this one.
-    _attempt(session, step, session.checkpoints.wait, bear=bear)
+    attempt(session, step, session.checkpoints.wait, bear=bear)
 
     def save():
         require_workdir(session.workdir)
         session.checkpoints.save(step, state, session.iterator, config, metrics)
 
-    return _attempt(session, step, save, bear=bear and not last)
+    return attempt(session, step, save, bear=bear and not last)
 
 
-def _attempt(session: Any, step: int, write: Callable[[], Any], *, bear: bool) -> bool:
+def attempt(session: Any, step: int, write: Callable[[], Any], *, bear: bool) -> bool:
+    """Whether `write()` worked; with `bear`, one that did not is reported, else its error raised."""
     try:
         write()
         return True

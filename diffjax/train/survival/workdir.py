@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 
 from ml_collections import ConfigDict
 
@@ -103,6 +104,6 @@ def locked(workdir: str):
                 "or give another --workdir"
             ) from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
         yield
