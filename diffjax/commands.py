@@ -124,6 +124,13 @@ def together(arguments):
         yield peers
 
 
+@contextlib.contextmanager
+def alone(arguments):
+    """Whether this process is the one that does the work; the others wait for it at the end of the block."""
+    with together(arguments) as peers:
+        yield not (peers and peers.index)
+
+
 def train(arguments, overrides) -> int:
     """`diffjax train`."""
     workdir = required(arguments, "workdir", "runs/digits")
@@ -149,22 +156,19 @@ def evaluate(arguments, overrides) -> int:
         others = [f"--{name}" for name in options if name != "out"] + ["--quick"] * arguments.quick
         if others:
             raise UsageError(f"eval: --samples=DIR judges what is there, so {others[0]} has no meaning beside it")
-        with together(arguments) as peers:
-            if peers and peers.index:
-                return 0
+    else:
+        options["quick"] = arguments.quick
+    with alone(arguments) as chosen:
+        if chosen:
+            from diffjax.pipelines.evaluate import evaluate as run
             from diffjax.pipelines.evaluate import evaluate_samples
+            from diffjax.train.setup import use_compile_cache
 
-            evaluate_samples(workdir, arguments.samples, **options)
-        return 0
-    options["quick"] = arguments.quick
-    with together(arguments) as peers:
-        if peers and peers.index:
-            return 0  # The first process evaluates alone; leaving the block waits for it.
-        from diffjax.pipelines.evaluate import evaluate as run
-        from diffjax.train.setup import use_compile_cache
-
-        use_compile_cache()
-        run(workdir, **options)
+            use_compile_cache()
+            if arguments.samples:
+                evaluate_samples(workdir, arguments.samples, **options)
+            else:
+                run(workdir, **options)
     return 0
 
 
@@ -178,14 +182,13 @@ def sample(arguments, overrides) -> int:
         return sample_many(arguments, options | bulk)
     if bulk:
         raise UsageError(f"sample: --{next(iter(bulk))} belongs to --num=N, which draws N samples into a folder")
-    with together(arguments) as peers:
-        if peers and peers.index:
-            return 0  # The first process samples alone; leaving the block waits for it.
-        from diffjax.pipelines.generate import generate
-        from diffjax.train.setup import use_compile_cache
+    with alone(arguments) as chosen:
+        if chosen:
+            from diffjax.pipelines.generate import generate
+            from diffjax.train.setup import use_compile_cache
 
-        use_compile_cache()
-        generate(workdir, **options)
+            use_compile_cache()
+            generate(workdir, **options)
     return 0
 
 

@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diffjax"
 STANDARD = sys.stdlib_module_names
+# Imports nothing but the standard library, as is tested below, so that every folder may have it.
+FILES = {"diffjax.files"}
 
 # What each folder may import besides the standard library, jax and numpy.
 ALLOWED = {
@@ -39,13 +41,17 @@ def imports(path):
 
 @pytest.mark.parametrize("folder", ALLOWED)
 def test_walls(folder):
-    allowed = ALLOWED[folder] | STANDARD | {"jax", "numpy"}
+    allowed = ALLOWED[folder] | STANDARD | FILES | {"jax", "numpy"}
     files = list((PACKAGE / folder).rglob("*.py"))
     assert files
     for path in files:
         for module in imports(path):
             prefixes = {".".join(module.split(".")[: i + 1]) for i in range(module.count(".") + 1)}
             assert prefixes & allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_files_imports_the_standard_library_alone():
+    assert {module.split(".")[0] for module in imports(PACKAGE / "files.py")} <= STANDARD
 
 
 def test_nothing_imports_what_lies_outside_the_package():

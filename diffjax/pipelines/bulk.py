@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from diffjax import files
 from diffjax.pipelines.generate import Samples, check_classes, describe, largest_pixel, pixels_of
 from diffjax.pipelines.sampler import (
     Settings,
@@ -121,15 +121,15 @@ def sample_many(
         mine = range(part[0], index["shards"], part[1])
         sizes = {number: len(seeds_of(index, number)) for number in mine}
         left = [number for number in mine if not finished(folder, index, number)]
-        total, todo = sum(sizes.values()), sum(sizes[number] for number in left)
-        drawn = draw_shards(run, chosen, folder, index, left, part=part, devices=devices, total=total)
+        total, missing = sum(sizes.values()), sum(sizes[number] for number in left)
+        seconds = draw_shards(run, chosen, folder, index, left, part=part, devices=devices, total=total)
     complete = all(shard_path(folder, index, number).exists() for number in range(index["shards"]))
     if complete and not (folder / PREVIEW).exists():
         write_preview(folder, index, run, chosen)
-    rate = f", {todo / drawn:.4g} samples/s" if todo else ""
+    rate = f", {missing / seconds:.4g} samples/s" if missing else ""
     state = "complete" if complete else "shards of other processes are missing"
-    sys.stdout.write(f"{todo} samples drawn, {total - todo} there already{rate} -> {folder} ({state})\n")
-    return Bulk(folder, todo, total - todo, complete)
+    sys.stdout.write(f"{missing} samples drawn, {total - missing} there already{rate} -> {folder} ({state})\n")
+    return Bulk(folder, missing, total - missing, complete)
 
 
 def place(environ: Mapping[str, str], **flags) -> tuple[int, int]:
@@ -197,9 +197,7 @@ def claim(folder: Path, index: dict) -> None:
     """
     path = folder / INDEX
     if not path.exists():
-        unfinished = folder / f"{INDEX}.{os.getpid()}.part"
-        unfinished.write_text(json.dumps(index, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        files.write_text(path, json.dumps(index, indent=1, allow_nan=False) + "\n")
     # Read again: of two processes that start at once, the later one has written it.
     there = read_index(folder)
     differ = [f"{key}: {there.get(key)!r} -> {value!r}" for key, value in index.items() if there.get(key) != value]
@@ -269,9 +267,9 @@ def draw_shards(run, settings: Settings, folder: Path, index: dict, left: list[i
     if not left:
         return 0.0
     draw = compile_on_devices(run, settings, index["batch_size"], devices)
-    todo = sum(len(seeds_of(index, number)) for number in left)
+    missing = sum(len(seeds_of(index, number)) for number in left)
     begun = time.perf_counter()
-    with tqdm(desc="sampling", unit="sample", total=total, initial=total - todo, disable=None, leave=False) as bar:
+    with tqdm(desc="sampling", unit="sample", total=total, initial=total - missing, disable=None, leave=False) as bar:
         for number in left:
             seeds = seeds_of(index, number)
             labels = labels_of(index, seeds)
@@ -279,12 +277,8 @@ def draw_shards(run, settings: Settings, folder: Path, index: dict, left: list[i
             check_finite(x, number * index["shard_size"])
             images = pixels_of(run.dataset, x, batch_size=index["batch_size"])
             path = shard_path(folder, index, number)
-            unfinished = path.with_name(f"{path.name}.{part[0]}-of-{part[1]}.part")
-            with open(unfinished, "wb") as file:
+            with files.replacing(path, "wb", tag=f"{part[0]}-of-{part[1]}") as file:
                 np.savez(file, images=images, labels=labels, seeds=seeds)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
     return time.perf_counter() - begun
 
 
@@ -362,17 +356,12 @@ def read_samples(folder: str | os.PathLike, run) -> tuple[Samples, dict]:
     return Samples(None, images, labels, seeds, settings, cost(run, settings), 0.0, ()), index
 
 
-@contextlib.contextmanager
-def locked(folder: Path, part: tuple[int, int]):
-    """Holds the lock of one part of a folder; the system drops it when the process ends, however it ends.
+def locked(folder: Path, part: tuple[int, int]) -> contextlib.AbstractContextManager[None]:
+    """Holds the lock of one part of a folder while the block lasts.
 
     Raises:
       WorkdirError: if another process holds it.
     """
-    with open(folder / f".lock-{part[0]}-of-{part[1]}", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            where = f"part {part[0]}/{part[1]} of {os.fspath(folder)!r}"
-            raise WorkdirError(f"another process draws {where}; wait for it, or give another --out") from None
-        yield
+    where = f"part {part[0]}/{part[1]} of {os.fspath(folder)!r}"
+    busy = "process {} draws " + where + "; wait for it, stop it, or give another --out"
+    return files.locked(folder / f".lock-{part[0]}-of-{part[1]}", lambda owner: WorkdirError(busy.format(owner)))

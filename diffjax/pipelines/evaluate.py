@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffjax import registry, viz
+from diffjax import files, registry, viz
 from diffjax.pipelines import judge as judges
 from diffjax.pipelines import report as reports
 from diffjax.pipelines.generate import Samples, compile_program, describe, draw_samples, largest_pixel, pixels_of
@@ -376,9 +376,7 @@ def write_json(path: Path, report: dict) -> None:
             value = value.item()
         return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(strict(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    files.write_text(path, json.dumps(strict(report), indent=1, allow_nan=False) + "\n")
 
 
 def summary(report: dict, folder: Path) -> str:

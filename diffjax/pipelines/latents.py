@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from diffjax import registry
+from diffjax import files, registry
 from diffjax.data import SOURCES, Unreadable, UnreadableError
 from diffjax.data.latents import FORMAT, INDEX, callable_of
 
@@ -161,17 +161,13 @@ def write_shard(work: Work, shard: Shard) -> None:
     total, squares = moments(parts)
     rows = np.concatenate(parts)
     file = work.out / f"{shard.name}.npy"
-    part = f"{file}.part"
-    with open(part, "wb") as stream:
+    with files.replacing(file, "wb", tag="shard") as stream:
         np.save(stream, rows, allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    facts = {"file": file.name, "count": len(rows), "bytes": os.path.getsize(part), "crc32": crc32(part)}
+    facts = {"file": file.name, "count": len(rows), "bytes": os.path.getsize(file), "crc32": crc32(file)}
     facts |= {"shape": list(rows["latent"].shape[1:]), "sum": total, "squares": squares, "skipped": skipped}
     texts = getattr(getattr(work.dataset, shard.split), "captions", None)
     if texts is not None:
         facts["captions"] = [texts[i] for i in kept]
-    os.replace(part, file)
     write_json(file.with_suffix(".json"), facts)
 
 
@@ -280,12 +276,7 @@ def crc32(path: str | Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON in one move, so that a reader never sees half of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=1) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    files.write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 class Progress:

@@ -16,6 +16,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax import files
 from diffjax.core.types import Array
 
 FORMAT, VERSION = "diffjax-sampler", 1
@@ -112,17 +113,11 @@ def save_sampler(
         "platforms": list(exported.platforms),
         "params": [{"shape": leaf.shape, "dtype": leaf.dtype.name} for leaf in leaves],
     }
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
-            file.writestr("meta.json", json.dumps(meta))
-            file.writestr("program", bytes(exported.serialize()))
-            for i, leaf in enumerate(leaves):
-                file.writestr(f"params/{i}", leaf.tobytes())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(path, "wb") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as file:
+        file.writestr("meta.json", json.dumps(meta))
+        file.writestr("program", bytes(exported.serialize()))
+        for i, leaf in enumerate(leaves):
+            file.writestr(f"params/{i}", leaf.tobytes())
 
 
 def _read(path: Path) -> tuple[dict, bytes, list[np.ndarray]]:

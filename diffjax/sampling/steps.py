@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax import files
 from diffjax.core.oracle import Gaussian
 from diffjax.core.types import Level, Solver, Step, namespace
 from diffjax.sampling.solvers.adams import jump as jump_first
@@ -92,14 +93,8 @@ def save_steps(path: str | os.PathLike, steps: Steps) -> None:
     arrays |= {"stats.mean": steps.stats.mean, "stats.spectrum": steps.stats.spectrum}
     if steps.stats.basis is not None:
         arrays["stats.basis"] = steps.stats.basis
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, meta=np.asarray(json.dumps(meta)), **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(path, "wb") as file:
+        np.savez(file, meta=np.asarray(json.dumps(meta)), **arrays)
 
 
 def load_steps(path: str | os.PathLike) -> Steps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from diffjax import files
 from diffjax.sweep import launch, table
 from diffjax.sweep.grid import parse_grid
 from diffjax.sweep.launch import FAILED, FINISHED, Job
@@ -66,7 +66,7 @@ def sweep(
         os.makedirs(folder, exist_ok=True)
     with locked(out), caught_signals() as caught:
         stored = {"config": json.loads(configs.to_json(configs.fill(config))), "grid": grid, "seeds": list(seeds)}
-        table.write_atomically(os.path.join(out, SWEEP_FILE), json.dumps(stored, indent=1) + "\n")
+        files.write_text(os.path.join(out, SWEEP_FILE), json.dumps(stored, indent=1) + "\n")
         jobs = [job_of(run, out, path) for run in runs if table.finished_report(run) is None]
         sys.stdout.write(f"{len(runs)} runs, {len(runs) - len(jobs)} of them finished already; logs in {out}/{LOGS}\n")
         if cluster:
@@ -87,7 +87,7 @@ def follow(runs: list[Run], jobs: list[Job], ended: Iterator, caught: list[int],
         if state == FINISHED and table.finished_report(named[job.name]) is None:
             state, outcome = FAILED, outcome._replace(message="it ended well but left no report of its last step")
         status[job.name] = {"status": state, "seconds": round(before + outcome.seconds, 2), "message": outcome.message}
-        table.write_atomically(os.path.join(out, STATUS_FILE), json.dumps(status, indent=1) + "\n")
+        files.write_text(os.path.join(out, STATUS_FILE), json.dumps(status, indent=1) + "\n")
         write_results(runs, status, out)
         failed += [job.name] * (state == FAILED)
         found = table.results(named[job.name])
@@ -109,7 +109,7 @@ def follow(runs: list[Run], jobs: list[Job], ended: Iterator, caught: list[int],
 def job_of(run: Run, out: str, path: Sequence[str]) -> Job:
     """Writes the config of a run and returns its job."""
     config = os.path.join(out, CONFIGS, run.name + ".json")
-    table.write_atomically(config, configs.to_json(run.config) + "\n")
+    files.write_text(config, configs.to_json(run.config) + "\n")
     log = os.path.join(out, LOGS, run.name + ".log")
     return Job(run.name, *(os.path.abspath(p) for p in (config, run.workdir, log)), tuple(path))
 
@@ -119,8 +119,8 @@ def write_results(runs: list[Run], status: dict, out: str) -> None:
     from diffjax import viz
 
     rows = table.rows_of(runs, status)
-    table.write_atomically(os.path.join(out, RUNS_CSV), table.as_csv(rows))
-    table.write_atomically(os.path.join(out, TABLE), table.as_markdown(runs, rows))
+    files.write_text(os.path.join(out, RUNS_CSV), table.as_csv(rows))
+    files.write_text(os.path.join(out, TABLE), table.as_markdown(runs, rows))
     short, groups = short_names([run.values for run in runs]), table.combinations(runs, rows)
     drawn = [key for key in table.DRAWN if any(key in row for row in rows)][:3]
     if drawn:
@@ -138,16 +138,11 @@ def read_status(out: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-@contextlib.contextmanager
-def locked(out: str):
-    """Holds the sweep's lock; the system drops it when the process ends, however it ends.
+def locked(out: str) -> contextlib.AbstractContextManager[None]:
+    """Holds the sweep's lock while the block lasts.
 
     Raises:
       WorkdirError: if another process holds it.
     """
-    with open(os.path.join(out, LOCK_FILE), "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkdirError(f"{out!r} is in use by another sweep; wait for it, or give another --out") from None
-        yield
+    busy = "{!r} is in use: process {} sweeps there; wait for it, stop it, or give another --out"
+    return files.locked(os.path.join(out, LOCK_FILE), lambda owner: WorkdirError(busy.format(out, owner)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,10 +118,3 @@ def cell(values: Sequence[float]) -> str:
 def label(settings: tuple, short: Mapping[str, str]) -> str:
     """What a combination is called in a picture."""
     return ", ".join(f"{short[key]}={value}" for key, value in settings) or "the config"
-
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes a text in one move, so that a reader never sees half of it."""
-    unfinished = f"{os.fspath(path)}.part"
-    Path(unfinished).write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

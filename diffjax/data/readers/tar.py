@@ -15,6 +15,7 @@ from typing import Any
 
 from diffjax.data.images import Record, image_dataset
 from diffjax.data.sources import Dataset
+from diffjax.files import write_text
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm")
 INDEX = ".index.json"
@@ -185,10 +186,8 @@ def index_of(shard: str) -> list:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # There is none, or it is not whole: it is made from the file.
     items = scan(shard)
-    part = Path(f"{path}.{os.getpid()}.part")
     try:
-        part.write_text(json.dumps({"stamp": stamp, "items": items}), encoding="utf-8")
-        os.replace(part, path)
+        write_text(path, json.dumps({"stamp": stamp, "items": items}))
     except OSError as error:
         log.info("the index of %s is kept in memory only: %s", shard, error)
     return items

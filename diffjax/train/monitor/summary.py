@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from diffjax import files
 from diffjax.train.monitor.writers import METRICS_FILE, read_metrics
 
 SUMMARY_FILE, CURVES_FILE = "summary.json", "curves.png"
@@ -24,9 +25,7 @@ def summarize(workdir: str, facts: Mapping[str, Any], seconds: Mapping[str, floa
 
     rows = [row for row in read_metrics(os.path.join(workdir, METRICS_FILE)) if "loss" in row]
     told = {"facts": dict(facts), "seconds": {k: round(v, 3) for k, v in seconds.items()}, **_digest(rows)}
-    with open(os.path.join(workdir, SUMMARY_FILE), "w", encoding="utf-8") as file:
-        json.dump(told, file, indent=2, default=str)
-        file.write("\n")
+    files.write_text(os.path.join(workdir, SUMMARY_FILE), json.dumps(told, indent=2, default=str) + "\n")
     if len(rows) > 1:
         curves = viz.read_metrics(os.path.join(workdir, METRICS_FILE))
         viz.save(viz.loss_curves(curves), os.path.join(workdir, CURVES_FILE))

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from diffjax import files
+
 METRICS_FILE = "metrics.jsonl"
 # What a line on the terminal has room for.
 SHOWN = ("loss", "grad_norm", "lr", "images_per_s", "step_ms", "data_wait", "mfu")
@@ -258,10 +260,8 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 def _drop_after(path: str, step: int) -> None:
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    # Written beside and renamed, so that a crash here loses no row.
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-    os.replace(path + ".part", path)
+    # A crash here must lose no row.
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _finite(value):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffjax import files
 from diffjax.train import step as steps
 from diffjax.train.parallel import processes, sharding
 from diffjax.train.parallel.accumulate import whole
@@ -107,9 +108,7 @@ def store(workdir: str, facts: Mapping[str, Any], found: Mapping[str, Any]) -> s
         os.makedirs(os.path.dirname(path), exist_ok=True)
         arrays = found["batch"] | {"losses": found["losses"], "logsnr": found["logsnr"]}
         np.savez(path.removesuffix(".json") + ".npz", **arrays)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(_finite(told), file, indent=1)
-            file.write("\n")
+        files.write_text(path, json.dumps(_finite(told), indent=1) + "\n")
     return path
 
 

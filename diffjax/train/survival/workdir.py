@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
-import platform
 
 from ml_collections import ConfigDict
 
+from diffjax import files
 from diffjax.train import config as configs
 from diffjax.train.errors import ConfigError, WorkdirError
 
@@ -78,32 +76,14 @@ def note_changes(workdir: str, step: int, stored: ConfigDict | None, config: Con
 
 def write_config(workdir: str, config: ConfigDict) -> None:
     """Writes `config.json` in one move, so that a reader never sees half of it."""
-    path = os.path.join(workdir, CONFIG_FILE)
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        file.write(configs.to_json(config) + "\n")
-    os.replace(path + ".part", path)
+    files.write_text(os.path.join(workdir, CONFIG_FILE), configs.to_json(config) + "\n")
 
 
-@contextlib.contextmanager
-def locked(workdir: str):
-    """Holds the lock of a folder; the system drops it when the process ends, however it ends.
+def locked(workdir: str) -> contextlib.AbstractContextManager[None]:
+    """Holds the lock of a folder while the block lasts.
 
     Raises:
       WorkdirError: if another process holds it.
     """
-    with open(os.path.join(workdir, LOCK_FILE), "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise WorkdirError(
-                f"{workdir!r} is in use: process {owner} is training there; wait for it, stop it, "
-                "or give another --workdir"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
+    busy = "{!r} is in use: process {} is training there; wait for it, stop it, or give another --workdir"
+    return files.locked(os.path.join(workdir, LOCK_FILE), lambda owner: WorkdirError(busy.format(workdir, owner)))
