@@ -1,6 +1,6 @@
 """How long a save of a large state keeps the training step waiting, and what it costs besides.
 
-    python benchmarks/checkpoint.py --gib=2 --folder=/tmp/checkpoint_benchmark
+    python benchmarks/checkpoint.py --gib=2 --folder=runs/checkpoint_benchmark
 
 The state is fp32 arrays of 64 MiB. A "step" updates every number of it in place (the state is donated), so that it is
 as hard on memory as a training step and much shorter. The time of `save` is what the step waits for; the step after it
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gib", type=float, default=2.0, help="size of the state")
     parser.add_argument("--saves", type=int, default=3, help="saves to measure, after one that is not")
-    parser.add_argument("--folder", default="/tmp/checkpoint_benchmark", help="where to write; emptied")
+    parser.add_argument("--folder", default="runs/checkpoint_benchmark", help="where to write; emptied")
     arguments = parser.parse_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
     try:

@@ -167,7 +167,7 @@ def test_a_dry_run_lists_and_a_second_sweep_is_refused(tmp_path, stub, capsys):
     sweep(tiny(), "optim.lr=[0.25, 0.5]", out, dry_run=True)
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2].startswith("finished") and printed[-1].startswith("to do")
-    with locked(out), pytest.raises(WorkdirError, match="another sweep"):
+    with locked(out), pytest.raises(WorkdirError, match="sweeps there"):
         sweep(tiny(), "optim.lr=[0.25]", out, path=stub)
 
 
