@@ -148,13 +148,16 @@ def test_a_hundred_kills(launch, undisturbed, tmp_path):
 @pytest.mark.faults
 def test_twenty_preemptions(launch, undisturbed, tmp_path):
     rng = random.Random(2)
-    for i in range(7):
-        workdir = tmp_path / f"round{i}"
+    preempted, rounds = 0, 0
+    while preempted < 20:
+        workdir = tmp_path / f"round{rounds}"
+        rounds += 1
         for step in sorted(rng.sample(range(EVERY, STEPS - 2 * EVERY, EVERY), 3)):
             if any(s >= step for s in saved(workdir)):
                 continue
             code = stop_after(launch, workdir, step, rng.uniform(0, 0.05))
             assert code in (RESUME, 0) and (code == 0) == (STEPS in saved(workdir))
+            preempted += code == RESUME
         finish(launch, workdir)
         assert content(workdir) == undisturbed
 

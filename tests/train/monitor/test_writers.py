@@ -73,28 +73,44 @@ def test_several_writes_to_each(tmp_path):
     assert rows(first) == rows(second) == [{"step": 0, "hparams": {"lr": 0.1}}, {"step": 1, "loss": 1.0}]
 
 
-def test_tensorboard_events_hold_the_scalars_and_images(tmp_path):
-    pytest.importorskip("tensorboardX")
+def events(folder):
+    """The events of TensorBoard's files in a folder, in the order in which they were written."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
+    # The TFRecord framing: length, its checksum, the record, its checksum.
+    for path in sorted(folder.glob("events*"), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+            yield Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+
+
+def test_tensorboard_events_hold_the_scalars_and_images(tmp_path):
+    pytest.importorskip("tensorboardX")
     writer = writers.TensorBoard(str(tmp_path))
     writer.write_scalars(7, {"loss": 0.5})
     writer.write_images(7, {"one": np.zeros((8, 8, 1), np.uint8), "many": np.zeros((2, 8, 8, 3), np.uint8)})
     writer.write_texts(7, {"note": "hi"})
     writer.write_hparams({"lr": 0.1})
     writer.close()
-    # The TFRecord framing: length, its checksum, the record, its checksum.
-    data, values = next(tmp_path.glob("events*")).read_bytes(), {}
-    while data:
-        length = int.from_bytes(data[:8], "little")
-        assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
-        event = Event.FromString(data[12 : 12 + length])
-        values |= {value.tag: (event.step, value) for value in event.summary.value}
-        data = data[16 + length :]
+    values = {value.tag: (event.step, value) for event in events(tmp_path) for value in event.summary.value}
     assert values["loss"][0] == 7 and values["loss"][1].simple_value == 0.5
     assert values["one"][1].image.height == 8 and values["one"][1].image.width == 8
     assert {"many", "note/text_summary", "hparams/text_summary"} <= set(values)
+
+
+def test_a_resumed_run_tells_tensorboard_what_to_forget(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    writer = writers.TensorBoard(str(tmp_path), upto=20)
+    writer.close()
+    # TensorBoard drops events of these steps and later ones that were written before a START.
+    starts = [event.step for event in events(tmp_path) if event.session_log.status == SessionLog.START]
+    assert starts == [21]
 
 
 def test_without_tensorboardx_the_message_names_the_extra(tmp_path, monkeypatch):
