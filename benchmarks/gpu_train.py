@@ -10,7 +10,6 @@ is its own peak. MFU is made of the model FLOPs, without what rematerialisation 
 """
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -43,10 +42,8 @@ def measure(batch, remat, attention, *, steps, tiny):
     from diffjax.train.setup import compile_step
     from diffjax.train.state import abstract_state, init_state
 
-    if attention != "xla":
-        jax.nn.dot_product_attention = functools.partial(jax.nn.dot_product_attention, implementation=attention)
     config = configs.load(f"configs/dit_xl_2.py:batch={batch}")
-    config.model = dict(config.model) | {"remat": remat} | (TINY if tiny else {})
+    config.model = dict(config.model) | {"remat": remat, "attention_impl": attention} | (TINY if tiny else {})
     config, parts = prepare(config)
     mesh = sharding.make_mesh(sharding.parse_mesh("data=1"), devices=jax.devices()[:1])
     where = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, "data")

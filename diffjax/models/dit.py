@@ -14,6 +14,7 @@ from flax import nnx
 from diffjax.core.types import Model
 from diffjax.models.checks import check_common, check_divides, check_least, check_name, check_remat, ends_of, network
 from diffjax.nn import (
+    IMPLEMENTATIONS,
     Condition,
     DiTBlock,
     Linear,
@@ -77,12 +78,14 @@ class DiT(nnx.Module):
     residual stream behind each block is `blocks/mlp/out`), `modulation`.
     """
 
-    def __init__(self, ends, num_classes, patch, width, depth, heads, hidden, dropout, scale, dtype, time, loop, rngs):
+    def __init__(
+        self, ends, num_classes, patch, width, depth, heads, hidden, dropout, attention, dtype, time, loop, rngs
+    ):
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros_init()
         pixels_in, pixels_out = (patch * patch * shape[-1] for shape in ends)
         self.cond = Condition(width, num_classes, **time, dtype=dtype, rngs=rngs)
         self.inp = Linear(pixels_in, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        settings = dict(dropout_rate=dropout, scale=scale, dtype=dtype)
+        settings = dict(dropout_rate=dropout, **attention, dtype=dtype)
         keys = jax.random.split(rngs.params(), depth)
         self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **settings, rngs=nnx.Rngs(k)))(keys)
         self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
@@ -120,7 +123,7 @@ def dit(
     *, shape: tuple[int, int, int], num_classes: int = 0, patch: int = 2, width: int = 384, depth: int = 12,
     heads: int = 6, mlp_ratio: float = 4.0, dropout: float = 0.0, dtype: str = "float32",
     time_embed: str = "sinusoidal", time_scale: float = 1000.0, attention_scale: str = "sqrt",
-    scan: bool = True, remat: str | bool = "none", extra_in: int = 0, extra_out: int = 0,
+    attention_impl: str = "xla", scan: bool = True, remat: str | bool = "none", extra_in: int = 0, extra_out: int = 0,
     shapes: tuple = (),
 ) -> Model:  # fmt: skip
     """DiT (arXiv:2212.09748) with adaLN-Zero; its output starts at zero.
@@ -136,6 +139,7 @@ def dit(
       dtype: of the computation: "float32", "bfloat16", "float16" or (in x64 mode) "float64"; parameters are float32.
       time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
       attention_scale: "sqrt" or, for widths at which the heads grow as well, "mup"; see `diffjax.nn.SelfAttention`.
+      attention_impl: "xla", or "cudnn" on NVIDIA GPUs with a dtype of 16 bits; see `diffjax.nn.attend`.
       scan: run the blocks in a `lax.scan`, which compiles in a time that does not grow with the depth; False unrolls.
       remat: which activations of a block are computed again in the backward pass instead of kept, one of
         `diffjax.nn.POLICIES`: "none", "full", "dots", "dots_no_batch"; True is "full".
@@ -152,6 +156,7 @@ def dit(
     ends, loop = ends_of("dit", shape, extra_in, extra_out), (scan, check_remat("dit", remat))
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
+    check_name("dit", "attention_impl", attention_impl, IMPLEMENTATIONS)
     check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)
     check_divides("dit", "patch", patch, "the image sides", *(side for s in (shape, *shapes) for side in s[:2]))
     check_divides("dit", "heads", heads, "the width", width)
@@ -162,6 +167,7 @@ def dit(
     if hidden < 1:
         raise ValueError(f"dit: mlp_ratio={mlp_ratio}: expected a positive number such as 4.0")
     time = dict(waves=WAVES, time_embed=time_embed, time_scale=time_scale)
-    rest = (patch, width, depth, heads, hidden, dropout, attention_scale, jnp.dtype(dtype), time, loop)
+    attention = dict(scale=attention_scale, implementation=attention_impl)
+    rest = (patch, width, depth, heads, hidden, dropout, attention, jnp.dtype(dtype), time, loop)
     module = functional(lambda rngs: DiT(ends, num_classes, *rest, rngs))
     return Model(*network("dit", ends[0], module, shapes), config=config, rules=RULES, activations=ACTIVATIONS)

@@ -1,7 +1,7 @@
 """Layers as Flax NNX modules, and the pattern that turns a module into a pair of pure functions."""
 
 from diffjax.nn.adaln import DiTBlock, MLPBlock, modulation
-from diffjax.nn.attention import PixelAttention, SelfAttention
+from diffjax.nn.attention import IMPLEMENTATIONS, PixelAttention, SelfAttention, attend
 from diffjax.nn.conv import Conv, ResBlock, double, halve
 from diffjax.nn.embed import TIME_EMBEDS, Condition, fourier, sincos_2d, sinusoidal
 from diffjax.nn.functional import Functional, functional
@@ -11,6 +11,7 @@ from diffjax.nn.remat import POLICIES, policy_name, remat
 from diffjax.nn.taps import scope, tap, tapped
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "POLICIES",
     "TIME_EMBEDS",
     "Condition",
@@ -23,6 +24,7 @@ __all__ = [
     "PixelAttention",
     "ResBlock",
     "SelfAttention",
+    "attend",
     "double",
     "dropout",
     "fourier",

@@ -49,10 +49,12 @@ class DiTBlock(nnx.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, *, dropout_rate: float = 0.0, scale: str = "sqrt", dtype, rngs
-    ):
+        self, width: int, heads: int, hidden: int, *, dropout_rate: float = 0.0, scale: str = "sqrt",
+        implementation: str = "xla", dtype, rngs,
+    ):  # fmt: skip
         self.modulation = modulation(width, width, 3, dtype=dtype, rngs=rngs)
-        self.attention = SelfAttention(width, heads, scale=scale, dtype=dtype, rngs=rngs)
+        attention = dict(scale=scale, implementation=implementation)
+        self.attention = SelfAttention(width, heads, **attention, dtype=dtype, rngs=rngs)
         self.mlp = MLPBlock(width, hidden, cond_width=width, dropout_rate=dropout_rate, dtype=dtype, rngs=rngs)
         self.dropout_rate = dropout_rate
 

@@ -12,6 +12,15 @@ zeros = nnx.initializers.zeros_init()
 _lecun = nnx.initializers.lecun_normal()
 
 
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x kernel` of `x [..., C_in]` and `kernel [C_in, C_out]`: `[..., C_out]`.
+
+    The kernel gets an axis of length one. Without it XLA's CPU back end folds the transposition at the end of the
+    kernel's gradient into the product, copies the activations for that, and takes twice as long.
+    """
+    return jnp.einsum("...i,iuo->...uo", x, kernel[:, None])[..., 0, :]
+
+
 class Linear(nnx.Module):
     """`x kernel + bias` of `x [..., C_in]`: `[..., C_out]` in `dtype`; parameters are float32, the bias starts at zero.
 
@@ -24,4 +33,4 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return plus(jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype)), self.bias[...])
+        return plus(product(x.astype(self.dtype), self.kernel[...].astype(self.dtype)), self.bias[...])

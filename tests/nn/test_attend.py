@@ -1,8 +1,37 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffjax.nn.attention import attend
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_and_its_gradients_are_those_of_jax(dtype, scale):
+    shapes = (2, 7, 3, 8), (2, 5, 3, 8), (2, 5, 3, 8)
+    given = [4 * jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
+    ours, theirs = (
+        jax.value_and_grad(lambda q, k, v, fn=fn: jnp.sum(jnp.sin(fn(q, k, v, scale=scale))), (0, 1, 2))(*given)
+        for fn in (attend, jax.nn.dot_product_attention)
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_scores_of_any_size_are_finite():
+    q, k, v = (jnp.full((1, 3, 1, 2), value, jnp.float32) for value in (1e4, 1e4, 2.0))
+    k = k.at[:, 0].multiply(-1)
+    np.testing.assert_array_equal(attend(q, k, v), v)
+    grads = jax.grad(lambda *given: jnp.sum(attend(*given)), (0, 1, 2))(q, k, v)
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
+def test_cudnn_says_what_it_needs():
+    q = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
+    with pytest.raises(ValueError, match="needs bfloat16 or float16 on an NVIDIA GPU, here it is float32 on"):
+        attend(*3 * (q.astype(jnp.float32),), implementation="cudnn")
 
 
 def test_float64_attention_is_that_of_float32_but_for_rounding(x64):
