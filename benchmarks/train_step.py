@@ -24,6 +24,10 @@ THREADS = 2
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:THREADS]))
 
+from diffjax.runtime import keep_freed_memory  # noqa: E402
+
+keep_freed_memory()
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402

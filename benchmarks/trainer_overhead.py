@@ -22,9 +22,9 @@ import jax
 import diffjax as dj
 from configs.common import digits
 from diffjax.data import batches
+from diffjax.runtime import set_up
 from diffjax.train.loop import train
 from diffjax.train.parts import prepare
-from diffjax.train.setup import use_compile_cache
 from diffjax.train.state import init_state
 from diffjax.train.step import make_train_step
 
@@ -89,7 +89,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.networks, arguments.rounds, arguments.windows = ("mlp",), 1, 2
-    use_compile_cache()
+    set_up()
     rows = {}
     for name in arguments.networks:
         rows[name] = measure(name, arguments.rounds, arguments.windows)

@@ -137,10 +137,10 @@ def train(arguments, overrides) -> int:
     with together(arguments) as peers:
         config = given_config(arguments, overrides)
         from diffjax.pipelines.preview import preview
+        from diffjax.runtime import set_up
         from diffjax.train.loop import train as run
-        from diffjax.train.setup import use_compile_cache
 
-        use_compile_cache()
+        set_up()
         result = run(config, workdir, preview=preview, peers=peers, allow_changes=arguments.allow_changes)
     if result.signal == signal.SIGTERM:
         return RESUME
@@ -162,9 +162,9 @@ def evaluate(arguments, overrides) -> int:
         if chosen:
             from diffjax.pipelines.evaluate import evaluate as run
             from diffjax.pipelines.evaluate import evaluate_samples
-            from diffjax.train.setup import use_compile_cache
+            from diffjax.runtime import set_up
 
-            use_compile_cache()
+            set_up()
             if arguments.samples:
                 evaluate_samples(workdir, arguments.samples, **options)
             else:
@@ -185,9 +185,9 @@ def sample(arguments, overrides) -> int:
     with alone(arguments) as chosen:
         if chosen:
             from diffjax.pipelines.generate import generate
-            from diffjax.train.setup import use_compile_cache
+            from diffjax.runtime import set_up
 
-            use_compile_cache()
+            set_up()
             generate(workdir, **options)
     return 0
 
@@ -199,11 +199,11 @@ def sample_many(arguments, options: dict) -> int:
     if options.get("out", "").endswith((".png", ".npz")):
         raise UsageError(f"sample: --num writes a folder, but --out={options['out']} is a file; --seeds writes one")
     from diffjax.pipelines.bulk import place, sample_many
-    from diffjax.train.setup import use_compile_cache
+    from diffjax.runtime import set_up
 
     if "part" not in options:
         options["part"] = place(os.environ, **_cluster_flags(arguments))
-    use_compile_cache()
+    set_up()
     sample_many(arguments.workdir, arguments.num, **options)
     return 0
 
@@ -244,9 +244,9 @@ def latents(arguments, overrides) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     from diffjax.pipelines.latents import write_latents
-    from diffjax.train.setup import use_compile_cache
+    from diffjax.runtime import set_up
 
-    use_compile_cache()
+    set_up()
     names = ("shards", "batch_size", "threads", "max_bad", "process_index", "process_count")
     write_latents(data, encode, out, stream=sys.stderr, **_given(arguments, *names))
     return 0

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffjax.runtime import use_compile_cache
 from diffjax.train import config as configs
 from diffjax.train import paths
 from diffjax.train.parallel import sharding
 from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parts import prepare
-from diffjax.train.setup import lower_step, use_compile_cache
+from diffjax.train.setup import lower_step
 from diffjax.train.state import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy", "scikit-learn")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import jax
 import jax.numpy as jnp
 
@@ -102,22 +100,3 @@ def abstract_batch(config, parts: Parts, shape=None) -> dict[str, jax.ShapeDtype
         "image": jax.ShapeDtypeStruct((config.batch_size, *(shape or parts.dataset.shape)), jnp.float32),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-
-
-def use_compile_cache() -> str | None:
-    """Turns on JAX's compile cache on disk and returns its folder, or None where it is turned off.
-
-    `JAX_COMPILATION_CACHE_DIR` chooses the folder, else it is `diffjax/jax` in the user's cache folder;
-    `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
-    """
-    if not jax.config.jax_enable_compilation_cache:
-        return None
-    folder = jax.config.jax_compilation_cache_dir
-    if not folder:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        folder = os.path.join(home, "diffjax", "jax")
-        jax.config.update("jax_compilation_cache_dir", folder)
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # The default of a second leaves out the dozens of small programs that a start compiles besides the step.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return folder

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import textwrap
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +16,6 @@ from diffjax.train.checkpoint import Checkpoints, open_checkpoints
 from diffjax.train.errors import ConfigError, NonFiniteError, WorkdirError
 from diffjax.train.monitor import writers
 from diffjax.train.parts import prepare
-from diffjax.train.setup import use_compile_cache
 from diffjax.train.state import abstract_state, load_run
 from diffjax.train.survival.workdir import locked, read_config
 
@@ -321,18 +319,6 @@ def test_tensorboard_is_written_when_asked_for(tmp_path):
     pytest.importorskip("tensorboardX")
     train(tmp_path, num_steps=2, tensorboard=True)
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
-
-
-def test_the_compile_cache_is_where_it_is_asked_for(monkeypatch):
-    # The suite's own cache, from JAX_COMPILATION_CACHE_DIR, is left as it is.
-    assert use_compile_cache() == jax.config.jax_compilation_cache_dir
-    before = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        assert use_compile_cache() == str(Path("/somewhere/diffjax/jax"))
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_run_that_is_saved_does_not_fail_for_its_summary(tmp_path, monkeypatch):

@@ -1,0 +1,63 @@
+"""The compile cache's place, and memory that is kept between two runs of a program."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from diffjax.runtime import use_compile_cache
+
+# Page faults of a run of a program whose result has 64 MiB, as a share of its 16384 pages.
+FAULTS = """
+import resource, sys
+from diffjax import runtime
+kept = runtime.keep_freed_memory() if sys.argv[1] == "keep" else None
+import jax.numpy as jnp, jax
+x = jnp.ones((4096, 4096))
+add = jax.jit(lambda x: x + 1)
+for _ in range(40):
+    add(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(40):
+    add(x).block_until_ready()
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 40 / (x.nbytes / 4096))
+"""
+
+
+def faults(mode, **environ):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    command = [sys.executable, "-c", FAULTS, mode]
+    done = subprocess.run(
+        command, env=clean | {"JAX_PLATFORMS": "cpu"} | environ, capture_output=True, text=True, check=True
+    )
+    kept, share = done.stdout.split()
+    return kept, float(share)
+
+
+def test_the_compile_cache_is_where_it_is_asked_for(monkeypatch):
+    # The suite's own cache, from JAX_COMPILATION_CACHE_DIR, is left as it is.
+    assert use_compile_cache() == jax.config.jax_compilation_cache_dir
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert use_compile_cache() == str(Path("/somewhere/diffjax/jax"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_kept_memory_is_not_mapped_again():
+    kept, share = faults("keep")
+    if kept == "False":
+        pytest.skip("another C library than glibc")
+    assert share < 0.25
+    # What it is there for: without it every page of every result is new.
+    assert faults("leave")[1] > 0.9
+
+
+def test_the_users_own_allocator_settings_stay():
+    assert faults("keep", MALLOC_ARENA_MAX="4")[0] == "False"
+    assert faults("keep", JAX_PLATFORMS="", GLIBC_TUNABLES="glibc.malloc.arena_max=4")[0] == "False"
