@@ -114,8 +114,12 @@ class DiT(nnx.Module):
         indices = jnp.arange(self.depth)
         if self.scan:
             return jax.lax.scan(body, h, (self.blocks, indices))[0]
+        # The gradient of a split is one concatenation; those of slices would be padded to the whole and added.
+        leaves, tree = jax.tree.flatten(self.blocks)
+        split = [jax.lax.split(leaf, (1,) * self.depth) for leaf in leaves]
         for i in range(self.depth):
-            h, _ = body(h, (jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks), indices[i]))
+            block = jax.tree.unflatten(tree, [parts[i][0] for parts in split])
+            h, _ = body(h, (block, indices[i]))
         return h
 
 

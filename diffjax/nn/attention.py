@@ -36,8 +36,8 @@ def attend(
     # or XLA would transpose the weights. The maximum only keeps the exponential finite, and the weights are normalised
     # after their use, so that every pass over them, forward and backward, is one fused loop.
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-    scores = scale * jnp.einsum("bntd,bnsd->bnts", q, k)
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (scale * q, k, v))
+    scores = jnp.einsum("bntd,bnsd->bnts", q, k)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     mixed = jnp.einsum("bnts,bnsd->bntd", weights, v) / weights.sum(-1, keepdims=True)
     return jnp.swapaxes(mixed, 1, 2)
