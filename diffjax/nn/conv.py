@@ -6,9 +6,43 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffjax.nn.linear import Linear, zeros
+from diffjax.nn.linear import Linear, bilinear_jvp, product, product_of_kernel, zeros
 from diffjax.nn.norm import GroupNorm, dropout, plus
 from diffjax.nn.taps import tap
+
+
+@jax.custom_jvp
+def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Correlation of `x [B, H, W, C_in]`, padded with zeros, with `kernel [h, w, C_in, C_out]`: `[B, H, W, C_out]`.
+
+    On a CPU its gradient for the kernel is computed as a product for each of the kernel's pixels: XLA's own, a
+    convolution with a window as large as the image, takes two to three times as long.
+    """
+    if kernel.shape[:2] == (1, 1):
+        return product(x, kernel[0, 0])
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _by_kernel(x, kernel):
+    # Several devices that are CPUs stand for others: in tests, and in plans of runs on machines that are not here.
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return _by_pixels(x, kernel) if alone else convolution(x, kernel)
+
+
+@jax.checkpoint  # keeps x for the backward pass in place of the parts of it
+def _by_pixels(x, kernel):
+    """`convolution(x, kernel)` as a sum of products."""
+    height, width = kernel.shape[:2]
+    edges = [((n - 1) // 2, n // 2) for n in (height, width)]
+    padded = jnp.pad(x, ((0, 0), *edges, (0, 0)))
+    corners = [(i, j) for i in range(height) for j in range(width)]
+    # The gradient of a split is one concatenation.
+    pixels = jax.lax.split(kernel.reshape(-1, *kernel.shape[2:]), (1,) * len(corners))
+    parts = (padded[:, i : i + x.shape[1], j : j + x.shape[2]] for i, j in corners)
+    return sum(product_of_kernel(part, pixel[0]) for part, pixel in zip(parts, pixels, strict=True))
+
+
+convolution.defjvp(bilinear_jvp(convolution, _by_kernel), symbolic_zeros=True)
 
 
 class Conv(nnx.Module):
@@ -24,9 +58,7 @@ class Conv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, layout = self.kernel[...].astype(self.dtype), ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=layout)
-        return plus(y, self.bias[...])
+        return plus(convolution(x.astype(self.dtype), self.kernel[...].astype(self.dtype)), self.bias[...])
 
 
 def halve(x: jax.Array) -> jax.Array:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from diffjax.nn.norm import plus
 
@@ -14,19 +17,34 @@ _lecun = nnx.initializers.lecun_normal()
 
 @jax.custom_jvp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x kernel` of `x [..., C_in]` and `kernel [C_in, C_out]`: `[..., C_out]`.
-
-    Its gradient for the kernel is taken through an axis of length one. Without it XLA's CPU back end folds the
-    transposition at the end of that gradient into the product, copies the activations for it, and takes twice as long.
-    """
+    """`x kernel` of `x [..., C_in]` and `kernel [C_in, C_out]`: `[..., C_out]`; both gradients are fast on CPU."""
     return jnp.dot(x, kernel)
 
 
-@product.defjvp
-def _(primals, tangents):
-    (x, kernel), (dx, dkernel) = primals, tangents
-    change = jnp.einsum("...i,iuo->...uo", x, dkernel[:, None])[..., 0, :]
-    return product(x, kernel), product(dx, kernel) + change
+def product_of_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same, with the fast transposition for the kernel: the product goes through an axis of length one.
+
+    Without that axis XLA's CPU back end folds the transposition at the end of the kernel's gradient into the product,
+    copies the activations for it, and takes twice as long.
+    """
+    return jnp.einsum("...i,iuo->...uo", x, kernel[:, None])[..., 0, :]
+
+
+def bilinear_jvp(fn: Callable, by_kernel: Callable) -> Callable:
+    """The rule for `defjvp(..., symbolic_zeros=True)` of a bilinear `fn(x, kernel)`, whose change with the kernel is
+    computed as `by_kernel(x, change of the kernel)`."""
+
+    def rule(primals, tangents):
+        (x, kernel), (dx, dkernel) = primals, tangents
+        # Of what does not change nothing is computed, as in a likelihood, whose parameters are fixed.
+        changes = [fn(dx, kernel)] if not isinstance(dx, SymbolicZero) else []
+        changes += [by_kernel(x, dkernel)] if not isinstance(dkernel, SymbolicZero) else []
+        return fn(x, kernel), sum(changes[1:], changes[0])
+
+    return rule
+
+
+product.defjvp(bilinear_jvp(product, product_of_kernel), symbolic_zeros=True)
 
 
 class Linear(nnx.Module):

@@ -1,0 +1,71 @@
+"""Products and convolutions with rules of their own, differentiated in every way, against XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax.nn import Conv, Linear
+from diffjax.nn.conv import convolution
+from diffjax.nn.linear import product
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+PAIRS = {
+    "product": (product, jnp.dot, (2, 5, 3), (3, 4)),
+    **{
+        f"{h}x{w}": (
+            convolution,
+            lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT),
+            (2, 6, 5, 3),
+            (h, w, 3, 4),
+        )
+        for h, w in ((1, 1), (3, 3), (2, 4), (7, 3))
+    },
+}
+WAYS = {
+    "value": lambda f, x, k: f(x, k),
+    "both": lambda f, x, k: jax.jit(jax.grad(f, (0, 1)))(x, k),
+    "input": lambda f, x, k: jax.grad(f)(x, k),
+    "kernel": lambda f, x, k: jax.grad(f, 1)(x, k),
+    "forward": lambda f, x, k: jax.jvp(f, (x, k), (x, k)),
+    "forward, input": lambda f, x, k: jax.jvp(lambda x: f(x, k), (x,), (x,)),
+    "linearised": lambda f, x, k: jax.linearize(f, x, k)[1](x, k),
+    "gradient of each": lambda f, x, k: jax.vmap(jax.grad(f, (0, 1)), (0, None))(jnp.stack([x, 2 * x]), k),
+    "gradient at each": lambda f, x, k: jax.vmap(jax.grad(f, (0, 1)), (None, 0))(x, jnp.stack([k, 2 * k])),
+    "forward over reverse": lambda f, x, k: jax.jvp(lambda k: jax.grad(f, 1)(x, k), (k,), (k,)),
+    "reverse over reverse": lambda f, x, k: jax.grad(lambda k: jnp.sum(jax.grad(f, 0)(x, k) ** 2))(k),
+    "recomputed": lambda f, x, k: jax.grad(jax.checkpoint(f), (0, 1))(x, k),
+    "in a loop": lambda f, x, k: jax.grad(
+        lambda k: jax.lax.scan(lambda c, i: (c + f(x, i * k), None), 0.0, jnp.arange(3.0))[0]
+    )(k),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_derivatives_are_xlas(pair, way):
+    ours, theirs, *shapes = PAIRS[pair]
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    found, expected = (WAYS[way](lambda x, k, fn=fn: jnp.sum(jnp.sin(fn(x, k))), x, kernel) for fn in (ours, theirs))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_nothing_is_computed_for_what_is_fixed(pair):
+    fn, _, *shapes = PAIRS[pair]
+    x, kernel = map(jnp.ones, shapes)
+    jaxpr = str(jax.make_jaxpr(lambda x: jax.jvp(lambda x: fn(x, kernel), (x,), (x,)))(x))
+    # The value and the change with the input.
+    assert jaxpr.count("dot_general[") + jaxpr.count("conv_general_dilated[") == 2
+
+
+@pytest.mark.parametrize("make", [lambda **a: Linear(3, 4, **a), lambda **a: Conv(3, 4, **a)])
+def test_gradients_of_layers_in_bfloat16_are_float32(make):
+    from flax import nnx
+
+    layer = make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    grads = nnx.grad(lambda layer: jnp.sum(layer(jnp.ones((2, 4, 4, 3))).astype(jnp.float32)))(layer)
+    assert grads["kernel"][...].dtype == jnp.float32
+    # 32 ones for each weight, but for the padding of a convolution.
+    assert np.asarray(grads["kernel"][...]).max() == 32
