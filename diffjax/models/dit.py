@@ -22,6 +22,7 @@ from diffjax.nn import (
     layer_norm,
     modulate,
     modulation,
+    rngs_of,
     scope,
     sincos_2d,
     tap,
@@ -87,7 +88,7 @@ class DiT(nnx.Module):
         self.inp = Linear(pixels_in, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
         settings = dict(dropout_rate=dropout, **attention, dtype=dtype)
         keys = jax.random.split(rngs.params(), depth)
-        self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **settings, rngs=nnx.Rngs(k)))(keys)
+        self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **settings, rngs=rngs_of(k)))(keys)
         self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
         self.out = Linear(width, pixels_out, kernel_init=zeros, dtype=dtype, rngs=rngs)
         self.patch, self.channels, self.width, self.depth = patch, ends[1][-1], width, depth

@@ -4,7 +4,7 @@ from diffjax.nn.adaln import DiTBlock, MLPBlock, modulation
 from diffjax.nn.attention import IMPLEMENTATIONS, PixelAttention, SelfAttention, attend
 from diffjax.nn.conv import Conv, ResBlock, double, halve
 from diffjax.nn.embed import TIME_EMBEDS, Condition, fourier, sincos_2d, sinusoidal
-from diffjax.nn.functional import Functional, functional
+from diffjax.nn.functional import Functional, functional, rngs_of
 from diffjax.nn.linear import Linear
 from diffjax.nn.norm import GroupNorm, dropout, group_norm, layer_norm, modulate, plus, times, widen
 from diffjax.nn.remat import POLICIES, policy_name, remat
@@ -37,6 +37,7 @@ __all__ = [
     "plus",
     "policy_name",
     "remat",
+    "rngs_of",
     "scope",
     "sincos_2d",
     "sinusoidal",

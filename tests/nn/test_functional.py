@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffjax.nn import functional
+from diffjax.nn import functional, rngs_of
 
 
 class Net(nnx.Module):
@@ -77,3 +77,13 @@ def test_hidden_state_is_refused():
 
     with pytest.raises(ValueError, match="drop"):
         functional(lambda rngs: Noisy(rngs))
+
+
+def test_keys_are_those_of_flax():
+    key = jax.random.key(3)
+    ours, flax = rngs_of(key), nnx.Rngs(key)
+    for _ in range(3):
+        assert jax.random.key_data(ours.params()).tolist() == jax.random.key_data(flax.params()).tolist()
+    layer = lambda rngs: nnx.Linear(3, 4, bias_init=nnx.initializers.normal(), rngs=rngs)
+    for leaf in ("kernel", "bias"):
+        np.testing.assert_array_equal(getattr(layer(rngs_of(key)), leaf)[...], getattr(layer(nnx.Rngs(key)), leaf)[...])
