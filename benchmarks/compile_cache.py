@@ -27,7 +27,7 @@ import json, sys, time
 start = float(sys.argv[1])
 phases = {}
 from diffjax import cli
-from diffjax.train import loop, setup
+from diffjax.train import loop, session
 phases["imports"] = time.time() - start
 def timed(name, f):
     def run(*args, **kwargs):
@@ -36,8 +36,8 @@ def timed(name, f):
         phases[name] = phases.get(name, 0.0) + time.time() - begin
         return out
     return run
-for name in ("prepare", "first_state", "compile_step"):
-    setattr(loop, name, timed(name, getattr(loop, name)))
+for module, name in ((loop, "prepare"), (session, "first_state"), (session, "compile_step")):
+    setattr(module, name, timed(name, getattr(module, name)))
 code = cli.main(sys.argv[3:])
 with open(sys.argv[2], "w") as stream:
     json.dump(phases, stream)
