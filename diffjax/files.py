@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -21,12 +20,14 @@ def replacing(path: str | os.PathLike, mode: str = "w", *, tag: str | None = Non
     Args:
       path: what to write.
       mode: `"w"` for text, which is UTF-8, or `"wb"`.
-      tag: tells the unfinished file, `PATH.TAG.part`, from that of another writer; default the number of the process.
+      tag: tells the unfinished file, `PATH.TAG.part`, from that of another writer; default the machine and the number
+        of the process. A process that is killed leaves it behind; where a lock lets in one writer at a time, give a
+        tag, and the next one takes it over.
 
     Raises:
       OSError: disk full, folder gone or read-only.
     """
-    unfinished = f"{os.fspath(path)}.{os.getpid() if tag is None else tag}.part"
+    unfinished = f"{os.fspath(path)}.{tag or f'{platform.node()}-{os.getpid()}'}.part"
     try:
         with open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -39,9 +40,9 @@ def replacing(path: str | os.PathLike, mode: str = "w", *, tag: str | None = Non
         raise
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike, text: str, *, tag: str | None = None) -> None:
     """Writes a text file with `replacing`."""
-    with replacing(path) as file:
+    with replacing(path, tag=tag) as file:
         file.write(text)
 
 
@@ -55,7 +56,11 @@ def locked(path: str | os.PathLike, refusal: Callable[[str], Exception]) -> Iter
 
     Raises:
       OSError: if the file cannot be made, or its file system has no locks.
+      what `refusal` returns, if another process holds it.
     """
+    # POSIX alone has it, and samplers, which need files only, are imported elsewhere as well.
+    import fcntl
+
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,12 +6,8 @@ import ctypes
 import importlib.util
 import os
 
-# Names of glibc's mallopt(3), and what they are set to.
-_MALLOPT = {
-    "M_ARENA_MAX": (-8, 1),
-    "M_MMAP_THRESHOLD": (-3, 1 << 30),
-    "M_TRIM_THRESHOLD": (-1, (1 << 31) - 1),
-}
+# Parameters of glibc's mallopt(3).
+_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1
 
 
 def set_up() -> None:
@@ -42,11 +38,13 @@ def use_compile_cache() -> str | None:
 
 
 def keep_freed_memory() -> bool:
-    """Where the CPU computes, lets the C library keep up to 2 GiB of freed memory for the next step; whether it does.
+    """Where the CPU computes, lets the C library keep freed memory for the next step; whether it does.
 
     XLA's CPU back end allocates what a step needs anew in every step. By default glibc maps areas of over 32 MiB for
-    that and unmaps them at the end, and the system hands them out again page by page: a quarter of the time of a small
-    transformer's step. It must come before JAX starts its back end, whose threads would have arenas of their own.
+    that and unmaps them at the end, and the system hands them out again page by page. It must come before JAX starts
+    its back end, whose threads would have arenas of their own.
+
+    Blocks of less than 1 GiB are kept, and up to 2 GiB at the end of the heap.
 
     Nothing is done on a machine with an accelerator's plugin, with another C library than glibc, or where the user has
     settings of the allocator in the environment (`MALLOC_...`, `GLIBC_TUNABLES`).
@@ -57,9 +55,12 @@ def keep_freed_memory() -> bool:
     if chosen or (platforms.split(",")[0] != "cpu" if platforms else plugin):
         return False
     try:
-        # Other libraries may have a mallopt of another meaning.
         libc = ctypes.CDLL("libc.so.6")
+        # Other libraries may have a mallopt of another meaning.
         libc.gnu_get_libc_version  # noqa: B018
     except (OSError, AttributeError):
         return False
-    return all([libc.mallopt(*setting) == 1 for setting in _MALLOPT.values()])
+    # Versions that do not take this size would map every large block anew, and more of them than without the others.
+    if libc.mallopt(_MMAP_THRESHOLD, 1 << 30) != 1:
+        return False
+    return libc.mallopt(_ARENA_MAX, 1) == 1 and libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1) == 1

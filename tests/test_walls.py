@@ -70,6 +70,11 @@ def test_nothing_imports_what_lies_outside_the_package():
             assert module.split(".")[0] in {"ml_collections", "configs"} | STANDARD, path
 
 
+def test_samplers_can_be_imported_where_there_are_no_file_locks():
+    code = "import sys; sys.modules['fcntl'] = None; import diffjax, diffjax.data, diffjax.models"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_import_loads_jax_and_numpy_only():
     heavy = "flax optax orbax grain tensorflow torch clu ml_collections matplotlib sklearn absl tqdm".split()
     code = f"import sys, diffjax; print([m for m in {heavy} if m in sys.modules])"

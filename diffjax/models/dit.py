@@ -144,7 +144,8 @@ def dit(
       dtype: of the computation: "float32", "bfloat16", "float16" or (in x64 mode) "float64"; parameters are float32.
       time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
       attention_scale: "sqrt" or, for widths at which the heads grow as well, "mup"; see `diffjax.nn.SelfAttention`.
-      attention_impl: "xla", or "cudnn" on NVIDIA GPUs with a dtype of 16 bits; see `diffjax.nn.attend`.
+      attention_impl: "xla", or "cudnn", which needs a dtype of 16 bits and acts on NVIDIA GPUs alone; see
+        `diffjax.nn.attend`.
       scan: run the blocks in a `lax.scan`, which compiles in a time that does not grow with the depth; False unrolls.
       remat: which activations of a block are computed again in the backward pass instead of kept, one of
         `diffjax.nn.POLICIES`: "none", "full", "dots", "dots_no_batch"; True is "full".
@@ -162,6 +163,8 @@ def dit(
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
     check_name("dit", "attention_impl", attention_impl, IMPLEMENTATIONS)
+    if attention_impl == "cudnn" and dtype not in ("bfloat16", "float16"):
+        raise ValueError(f"dit: attention_impl='cudnn' needs dtype='bfloat16' or 'float16', not {dtype!r}")
     check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)
     check_divides("dit", "patch", patch, "the image sides", *(side for s in (shape, *shapes) for side in s[:2]))
     check_divides("dit", "heads", heads, "the width", width)

@@ -21,19 +21,19 @@ def attend(
     Args:
       scale: None for `1 / sqrt(d)`.
       implementation: "xla", or "cudnn" for the fused kernel of NVIDIA GPUs, which keeps no weights and takes bfloat16
-        and float16 only.
+        and float16 only; on other devices "xla" takes its place, so that a model can be used there.
 
     Raises:
-      ValueError: for "cudnn" where there is no GPU, or in another type.
+      ValueError: for "cudnn" in another type.
     """
-    halves, platform = q.dtype in (jnp.bfloat16, jnp.float16), jax.default_backend()
-    if implementation == "cudnn" and not (halves and platform == "gpu"):
-        given = f"here it is {q.dtype} on {platform}"
-        raise ValueError(f"attention by cudnn needs bfloat16 or float16 on an NVIDIA GPU, {given}; take 'xla'")
+    halves = q.dtype in (jnp.bfloat16, jnp.float16)
+    if implementation == "cudnn" and not halves:
+        raise ValueError(f"attention by cudnn needs bfloat16 or float16, here it is {q.dtype}; take 'xla'")
     if halves:
+        implementation = implementation if jax.default_backend() == "gpu" else "xla"
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation)
-    # For wider types JAX's own has a softmax in float32 and, on CPU, two thirds of the speed. Heads lie in front here,
-    # or XLA would transpose the weights. The maximum only keeps the exponential finite, and the weights are normalised
+    # JAX's own takes the softmax of wider types in float32 as well, and is slower on CPU. Heads lie in front here, or
+    # XLA would transpose the weights. The maximum only keeps the exponential finite, and the weights are normalised
     # after their use, so that every pass over them, forward and backward, is one fused loop.
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (scale * q, k, v))

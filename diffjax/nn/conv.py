@@ -15,8 +15,8 @@ from diffjax.nn.taps import tap
 def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Correlation of `x [B, H, W, C_in]`, padded with zeros, with `kernel [h, w, C_in, C_out]`: `[B, H, W, C_out]`.
 
-    On a CPU its gradient for the kernel is computed as a product for each of the kernel's pixels: XLA's own, a
-    convolution with a window as large as the image, takes two to three times as long.
+    On a single device that is a CPU its gradient for the kernel is computed as a product for each of the kernel's
+    pixels: XLA's own, a convolution with a window as large as the image, takes two to three times as long there.
     """
     if kernel.shape[:2] == (1, 1):
         return product(x, kernel[0, 0])

@@ -362,6 +362,9 @@ def locked(folder: Path, part: tuple[int, int]) -> contextlib.AbstractContextMan
     Raises:
       WorkdirError: if another process holds it.
     """
-    where = f"part {part[0]}/{part[1]} of {os.fspath(folder)!r}"
-    busy = "process {} draws " + where + "; wait for it, stop it, or give another --out"
-    return files.locked(folder / f".lock-{part[0]}-of-{part[1]}", lambda owner: WorkdirError(busy.format(owner)))
+
+    def refusal(owner):
+        given = f"process {owner} draws part {part[0]}/{part[1]} of {os.fspath(folder)!r}"
+        return WorkdirError(f"{given}; wait for it, stop it, or give another --out")
+
+    return files.locked(folder / f".lock-{part[0]}-of-{part[1]}", refusal)

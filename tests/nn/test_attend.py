@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffjax.models import dit
 from diffjax.nn.attention import attend
 
 
@@ -28,10 +29,14 @@ def test_scores_of_any_size_are_finite():
     assert all(np.isfinite(grad).all() for grad in grads)
 
 
-def test_cudnn_says_what_it_needs():
-    q = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
-    with pytest.raises(ValueError, match="needs bfloat16 or float16 on an NVIDIA GPU, here it is float32 on"):
+def test_cudnn_says_what_it_needs_and_gives_way_where_it_is_not():
+    q = jax.random.normal(jax.random.key(0), (1, 2, 1, 8), jnp.bfloat16)
+    with pytest.raises(ValueError, match="needs bfloat16 or float16, here it is float32"):
         attend(*3 * (q.astype(jnp.float32),), implementation="cudnn")
+    with pytest.raises(ValueError, match="dit: attention_impl='cudnn' needs dtype='bfloat16'"):
+        dit(shape=(4, 4, 1), attention_impl="cudnn")
+    if jax.default_backend() == "cpu":
+        np.testing.assert_array_equal(attend(q, q, q, implementation="cudnn"), attend(q, q, q))
 
 
 def test_float64_attention_is_that_of_float32_but_for_rounding(x64):

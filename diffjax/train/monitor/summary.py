@@ -25,7 +25,7 @@ def summarize(workdir: str, facts: Mapping[str, Any], seconds: Mapping[str, floa
 
     rows = [row for row in read_metrics(os.path.join(workdir, METRICS_FILE)) if "loss" in row]
     told = {"facts": dict(facts), "seconds": {k: round(v, 3) for k, v in seconds.items()}, **_digest(rows)}
-    files.write_text(os.path.join(workdir, SUMMARY_FILE), json.dumps(told, indent=2, default=str) + "\n")
+    files.write_text(os.path.join(workdir, SUMMARY_FILE), json.dumps(told, indent=2, default=str) + "\n", tag="run")
     if len(rows) > 1:
         curves = viz.read_metrics(os.path.join(workdir, METRICS_FILE))
         viz.save(viz.loss_curves(curves), os.path.join(workdir, CURVES_FILE))

@@ -261,7 +261,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 def _drop_after(path: str, step: int) -> None:
     kept = [row for row in read_metrics(path) if row["step"] <= step]
     # A crash here must lose no row.
-    files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept), tag="run")
 
 
 def _finite(value):

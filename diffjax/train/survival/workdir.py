@@ -76,7 +76,7 @@ def note_changes(workdir: str, step: int, stored: ConfigDict | None, config: Con
 
 def write_config(workdir: str, config: ConfigDict) -> None:
     """Writes `config.json` in one move, so that a reader never sees half of it."""
-    files.write_text(os.path.join(workdir, CONFIG_FILE), configs.to_json(config) + "\n")
+    files.write_text(os.path.join(workdir, CONFIG_FILE), configs.to_json(config) + "\n", tag="run")
 
 
 def locked(workdir: str) -> contextlib.AbstractContextManager[None]:
@@ -85,5 +85,9 @@ def locked(workdir: str) -> contextlib.AbstractContextManager[None]:
     Raises:
       WorkdirError: if another process holds it.
     """
-    busy = "{!r} is in use: process {} is training there; wait for it, stop it, or give another --workdir"
-    return files.locked(os.path.join(workdir, LOCK_FILE), lambda owner: WorkdirError(busy.format(workdir, owner)))
+
+    def refusal(owner):
+        given = f"{workdir!r} is in use: process {owner} is training there"
+        return WorkdirError(f"{given}; wait for it, stop it, or give another --workdir")
+
+    return files.locked(os.path.join(workdir, LOCK_FILE), refusal)
