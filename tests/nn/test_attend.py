@@ -11,14 +11,15 @@ from diffjax.nn.attention import attend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_and_its_gradients_are_those_of_jax(dtype, scale):
     shapes = (2, 7, 3, 8), (2, 5, 3, 8), (2, 5, 3, 8)
-    given = [4 * jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
+    given = [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
     ours, theirs = (
         jax.value_and_grad(lambda q, k, v, fn=fn: jnp.sum(jnp.sin(fn(q, k, v, scale=scale))), (0, 1, 2))(*given)
         for fn in (attend, jax.nn.dot_product_attention)
     )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+        # Scores and gradients of size 1: some roundings of float32.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
 
 
 def test_scores_of_any_size_are_finite():
