@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -22,6 +23,8 @@ from diffjax.train.survival.signals import caught_signals
 
 STATUS_FILE, LOCK_FILE, LOGS, CONFIGS = "status.json", "lock", "logs", "configs"
 RUNS_CSV, TABLE, PLOT = "runs.csv", "table.md", "sweep.png"
+# The sweep's lock lets in one writer at a time.
+write = functools.partial(files.write_text, tag="sweep")
 
 
 def sweep(
@@ -66,7 +69,7 @@ def sweep(
         os.makedirs(folder, exist_ok=True)
     with locked(out), caught_signals() as caught:
         stored = {"config": json.loads(configs.to_json(configs.fill(config))), "grid": grid, "seeds": list(seeds)}
-        files.write_text(os.path.join(out, SWEEP_FILE), json.dumps(stored, indent=1) + "\n", tag="sweep")
+        write(os.path.join(out, SWEEP_FILE), json.dumps(stored, indent=1) + "\n")
         jobs = [job_of(run, out, path) for run in runs if table.finished_report(run) is None]
         sys.stdout.write(f"{len(runs)} runs, {len(runs) - len(jobs)} of them finished already; logs in {out}/{LOGS}\n")
         if cluster:
@@ -87,7 +90,7 @@ def follow(runs: list[Run], jobs: list[Job], ended: Iterator, caught: list[int],
         if state == FINISHED and table.finished_report(named[job.name]) is None:
             state, outcome = FAILED, outcome._replace(message="it ended well but left no report of its last step")
         status[job.name] = {"status": state, "seconds": round(before + outcome.seconds, 2), "message": outcome.message}
-        files.write_text(os.path.join(out, STATUS_FILE), json.dumps(status, indent=1) + "\n", tag="sweep")
+        write(os.path.join(out, STATUS_FILE), json.dumps(status, indent=1) + "\n")
         write_results(runs, status, out)
         failed += [job.name] * (state == FAILED)
         found = table.results(named[job.name])
@@ -109,7 +112,7 @@ def follow(runs: list[Run], jobs: list[Job], ended: Iterator, caught: list[int],
 def job_of(run: Run, out: str, path: Sequence[str]) -> Job:
     """Writes the config of a run and returns its job."""
     config = os.path.join(out, CONFIGS, run.name + ".json")
-    files.write_text(config, configs.to_json(run.config) + "\n", tag="sweep")
+    write(config, configs.to_json(run.config) + "\n")
     log = os.path.join(out, LOGS, run.name + ".log")
     return Job(run.name, *(os.path.abspath(p) for p in (config, run.workdir, log)), tuple(path))
 
@@ -119,8 +122,8 @@ def write_results(runs: list[Run], status: dict, out: str) -> None:
     from diffjax import viz
 
     rows = table.rows_of(runs, status)
-    files.write_text(os.path.join(out, RUNS_CSV), table.as_csv(rows), tag="sweep")
-    files.write_text(os.path.join(out, TABLE), table.as_markdown(runs, rows), tag="sweep")
+    write(os.path.join(out, RUNS_CSV), table.as_csv(rows))
+    write(os.path.join(out, TABLE), table.as_markdown(runs, rows))
     short, groups = short_names([run.values for run in runs]), table.combinations(runs, rows)
     drawn = [key for key in table.DRAWN if any(key in row for row in rows)][:3]
     if drawn:

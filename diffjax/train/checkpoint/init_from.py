@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffjax import files
 from diffjax.train import paths
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel import processes
@@ -49,8 +50,8 @@ def save_params(folder: str | os.PathLike, params: Mapping) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     named = {name: np.array(leaf, order="C") for name, leaf in paths.named_leaves(params).items()}
     path = folder / WEIGHTS
-    save_file(named, path.with_name(path.name + ".part"))
-    os.replace(path.with_name(path.name + ".part"), path)
+    with files.replacing(path, "wb") as file:
+        save_file(named, file.name)
     return path
 
 
