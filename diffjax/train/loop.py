@@ -23,7 +23,7 @@ from diffjax.train.monitor.meters import usage
 from diffjax.train.monitor.profile import Profile
 from diffjax.train.monitor.summary import summarize
 from diffjax.train.optim import evaluation_params, snapshots
-from diffjax.train.parallel import processes, sharding
+from diffjax.train.parallel import processes
 from diffjax.train.parallel.peers import Watch
 from diffjax.train.parts import prepare
 from diffjax.train.session import Session, contents, last_step, note, open_session, with_programs, with_writers
@@ -131,7 +131,7 @@ def advance(session: Session, clock: Clock, step: int, state: TrainState, asked:
     while step < last and not (number and step == saved):
         session.profile.before(step)
         with clock.waiting():
-            batch = sharding.place_batch(next(session.iterator), session.mesh)
+            batch = next(session.iterator)
         state, window = session.step_fn(state, window, batch)
         step += 1
         session.terminal.advance(step)
@@ -203,6 +203,8 @@ def save(session: Session, clock: Clock, step: int, state: TrainState, *, last: 
 
 def draw(session: Session, clock: Clock, step: int, state: TrainState) -> None:
     """Samples from the parameters that the run is judged by: its first average, else what the optimiser evaluates."""
+    # The steps that are still under way are no part of the pause.
+    jax.block_until_ready(state)
     with clock.paused("samples"):
         own = lambda: evaluation_params(state.opt_state, state.params)
         params = state.ema[session.config.ema[0]] if session.config.ema else own()

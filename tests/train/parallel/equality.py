@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.train.parallel.mesh import make_mesh, parse_mesh, place, place_batch
+from diffjax.train.parallel.mesh import make_mesh, parse_mesh, place
 from diffjax.train.parallel.sharding import state_sharding
 from diffjax.train.parts import prepare
 from diffjax.train.setup import compile_step
@@ -91,7 +91,7 @@ def train(family, precision, mode):
     start, state, losses = state.params, place(state, where), []
     for i in range(STEPS):
         items = parts.dataset.train[BATCH * i : BATCH * (i + 1)]
-        state, window = step_fn(state, empty(), place_batch(dict(items), mesh))
+        state, window = step_fn(state, empty(), dict(items))
         losses.append(float(window.loss))
     text = step_fn.as_text() if hasattr(step_fn, "as_text") else ""
     kinds = re.findall(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)

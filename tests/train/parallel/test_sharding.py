@@ -128,7 +128,7 @@ from ml_collections import ConfigDict
 from diffjax.train.parts import prepare
 from diffjax.train.setup import compile_step
 from diffjax.train.state import init_state
-from diffjax.train.parallel.sharding import make_mesh, parse_mesh, place, place_batch, state_sharding
+from diffjax.train.parallel.sharding import make_mesh, parse_mesh, place, state_sharding
 
 NETWORKS = {
     "unet": dict(name="unet", width=8, mults=(1, 2), blocks=1, attention=(4,), head_width=8, groups=4, dropout=0.1),
@@ -158,7 +158,7 @@ def train_network(network, mesh, mode, one):
     state, window = place(state, where), empty()
     for i in range(3):
         items = parts.dataset.train[16 * i : 16 * (i + 1)]
-        state, window = step_fn(state, window, place_batch(dict(items), mesh))
+        state, window = step_fn(state, window, dict(items))
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     return start, state.params, split, float(window.loss)
 
