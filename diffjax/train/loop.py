@@ -112,7 +112,7 @@ def run(session: Session, step: int, state: TrainState, *, asked: Callable[[int]
         stack.callback(session.profile.close)
         if config.ema_snapshots:
             session = session._replace(snapshots=snapshots.open_snapshots(session.workdir, step=step))
-            stack.callback(session.snapshots.close)
+            stack.callback(saving.close_snapshots, session.snapshots)
         step, state, number = advance(session, clock, step, state, asked)
         session.checkpoints.wait()
     conclude(session, clock, step, state)
@@ -153,9 +153,7 @@ def advance(session: Session, clock: Clock, step: int, state: TrainState, asked:
             pending = report(session, clock, state, *pending)
         if keeps:
             with clock.paused("ema snapshots"):
-                bear = config.on_save_error == "continue" and processes.jax_count() == 1
-                keep = functools.partial(snapshots.save, session.snapshots, step, state.ema)
-                saving.attempt(session, step, keep, bear=bear)
+                saving.keep_snapshot(session, step, state.ema)
         if saves:
             saved = step if save(session, clock, step, state, last=ends) else saved
             # The limit on the loss is that of a run that goes on from here.
@@ -175,7 +173,9 @@ def report(session: Session, clock: Clock, state: TrainState, step: int, window:
     window = jax.device_get(window)
     if window.bad_step != steps.NEVER:
         raise recovery.BadWindow(window, step)
-    recovery.note_skipped(session, window, state)
+    if guard.scalars(window):
+        with clock.paused("evidence"):
+            recovery.note_skipped(session, window, state)
     # Only now are its steps known to be done; when they were handed to the device says nothing.
     timing = clock.lap(step)
     session.windows.append(window)

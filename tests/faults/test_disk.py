@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from diffjax.train import loop
 from diffjax.train.checkpoint import CheckpointError, open_checkpoints
 from diffjax.train.errors import WorkdirError
+from diffjax.train.optim import snapshots
 from diffjax.train.survival import saving
 from diffjax.train.survival.saving import Files, keep
 
@@ -202,12 +203,95 @@ def test_several_processes_bear_no_failed_save(tmp_path, monkeypatch):
     told = types.SimpleNamespace(write_texts=lambda step, texts: None)
     session = types.SimpleNamespace(
         config=ConfigDict(dict(on_save_error="continue")), workdir=str(tmp_path), terminal=told, iterator=None,
-        checkpoints=types.SimpleNamespace(save=save, wait=lambda: None),
+        checkpoints=types.SimpleNamespace(save=save, wait=lambda: None), snapshots=None,
     )  # fmt: skip
     assert not keep(session, 1, {}, {}, {}, last=False)
     monkeypatch.setattr(saving.processes, "jax_count", lambda: 2)
     with pytest.raises(CheckpointError, match="no space"):
         keep(session, 1, {}, {}, {}, last=False)
+
+
+AVERAGES = dict(ema=("power(std=0.05)", "power(std=0.1)"), ema_snapshots=3)
+
+
+def test_no_snapshot_is_written_into_what_took_the_place_of_the_workdir(tmp_path, during):
+    workdir = tmp_path / "run"
+    during(lambda n: n == 5 and saved(workdir, 4) and shutil.move(workdir, tmp_path / "moved"))
+    with pytest.raises(WorkdirError, match="is gone or no longer holds its config.json"):
+        train(workdir, checkpoint_every=4, **AVERAGES)
+    assert not workdir.exists()
+
+
+def test_a_snapshot_that_fails_costs_no_other(tmp_path, during, monkeypatch):
+    broken = iter([False, True])
+    write = snapshots.save
+
+    def fails_in_the_background(kept, step, averages):
+        write(kept, step, averages)
+        if next(broken, False):
+            kept.wait()
+            shutil.rmtree(kept.directory / str(step))
+            wait = kept.wait
+
+            def failed():
+                kept.wait = wait
+                raise CheckpointError("no space")
+
+            kept.wait = failed
+
+    monkeypatch.setattr(saving.snapshots, "save", fails_in_the_background)
+    during(lambda n: None)
+    stream = io.StringIO()
+    train(tmp_path / "run", stream, on_save_error="continue", **AVERAGES)
+    assert "no space; training goes on" in stream.getvalue()
+    assert snapshots.open_snapshots(str(tmp_path / "run")).steps() == [3, 9, 12]
+
+
+def test_a_checkpoint_is_never_later_than_an_unfinished_snapshot(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = []
+    note = lambda name: lambda *args: done.append(name)
+    session = types.SimpleNamespace(
+        config=ConfigDict(dict(on_save_error="stop")), workdir=str(tmp_path), iterator=None,
+        checkpoints=types.SimpleNamespace(save=note("checkpoint"), wait=note("checkpoints")),
+        snapshots=types.SimpleNamespace(wait=note("snapshots")),
+    )  # fmt: skip
+    assert keep(session, 1, {}, {}, {}, last=False)
+    assert done.index("snapshots") < done.index("checkpoint")
+
+
+def test_a_save_that_failed_does_not_hide_why_a_run_goes_back(monkeypatch, caplog):
+    def wait():
+        raise CheckpointError("no space")
+
+    saving.settle(types.SimpleNamespace(wait=wait))
+    saving.close_snapshots(types.SimpleNamespace(close=wait))
+    assert caplog.text.count("no space") == 2
+    monkeypatch.setattr(saving.processes, "jax_count", lambda: 2)
+    with pytest.raises(CheckpointError, match="no space"):
+        saving.settle(types.SimpleNamespace(wait=wait))
+
+
+def test_metrics_that_cannot_be_rewound_are_opened_again_later():
+    rows, full = [], [False]
+
+    def open_writers(step):
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        return [types.SimpleNamespace(write_scalars=lambda *row: rows.append((step, *row)), close=lambda: None)]
+
+    with pytest.raises(WorkdirError, match="cannot drop the metrics after step 5: OSError.*No space left"):
+        stops = Files(open_writers, 0, "stop")
+        full[0] = True
+        stops.rewind(5)
+    full[0] = False
+    files = Files(open_writers, 0, "continue")
+    full[0] = True
+    files.rewind(5)
+    files.write_scalars(6, {"loss": 1.0})
+    full[0] = False
+    files.write_scalars(7, {"loss": 1.0})
+    assert rows == [(5, 7, {"loss": 1.0})]
 
 
 def test_metrics_that_cannot_be_written_end_the_run_clearly_or_are_borne(caplog):

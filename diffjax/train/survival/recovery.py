@@ -11,7 +11,7 @@ import numpy as np
 
 from diffjax.train import step as steps
 from diffjax.train.errors import NonFiniteError
-from diffjax.train.survival import evidence
+from diffjax.train.survival import evidence, saving
 from diffjax.train.survival.guard import Guard
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def recover(session: Any, window: steps.Metrics, end: int) -> tuple[int, Any]:
       NonFiniteError: if the run is to stop.
     """
     settings, memory = session.config.guard, session.iterator
-    session.checkpoints.wait()
+    saving.settle(session.checkpoints)
     limit = float(window.guard.limit) if isinstance(window.guard, Guard) else np.inf
     saved = session.checkpoints.steps()
     text = evidence.message(window, limit, saved, str(session.checkpoints.directory))
@@ -83,14 +83,12 @@ def restart(session: Any) -> tuple[int, Any]:
 
 
 def note_skipped(session: Any, window: steps.Metrics, state: Any) -> None:
-    """Counts, reports and writes down the steps of a fetched window that were skipped.
+    """Counts, reports and writes down the steps of a fetched window that were skipped, of which there are some.
 
     Raises:
       NonFiniteError: if there were more than `patience` in the window, or more than `max_events` in the run.
     """
     guard, settings = window.guard, session.config.guard
-    if not isinstance(guard, Guard) or not guard.skipped:
-        return
     count, memory = int(guard.skipped), session.iterator
     memory.events += count
     listed = [int(s) for s in guard.steps if s != steps.NEVER]

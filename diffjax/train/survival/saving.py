@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from diffjax.train.checkpoint import CheckpointError
 from diffjax.train.errors import WorkdirError
+from diffjax.train.optim import snapshots
 from diffjax.train.parallel import processes
 from diffjax.train.survival.workdir import CONFIG_FILE
 
@@ -27,24 +29,60 @@ def keep(session: Any, step: int, state: Any, config: Mapping, metrics: Mapping[
       CheckpointError: if a save fails that must not.
       WorkdirError: if the folder of the run is gone.
     """
-    bear = session.config.on_save_error == "continue" and processes.jax_count() == 1
+    if session.snapshots:
+        # A run that goes on from this checkpoint takes no earlier snapshot anew.
+        _attempt(session, step, session.snapshots.wait)
     # That the save before failed in the background comes to light here, and says nothing about this one.
-    attempt(session, step, session.checkpoints.wait, bear=bear)
+    _attempt(session, step, session.checkpoints.wait)
 
     def save():
         require_workdir(session.workdir)
         session.checkpoints.save(step, state, session.iterator, config, metrics)
 
-    return attempt(session, step, save, bear=bear and not last)
+    return _attempt(session, step, save, must=last)
 
 
-def attempt(session: Any, step: int, write: Callable[[], Any], *, bear: bool) -> bool:
-    """Whether `write()` worked; with `bear`, one that did not is reported, else its error raised."""
+def keep_snapshot(session: Any, step: int, averages: Mapping[str, Any]) -> bool:
+    """Whether the averages were handed over as a snapshot; what fails is borne or raised as by `keep`."""
+    _attempt(session, step, session.snapshots.wait)
+
+    def save():
+        require_workdir(session.workdir)
+        snapshots.save(session.snapshots, step, averages)
+
+    return _attempt(session, step, save)
+
+
+def close_snapshots(kept: Any) -> None:
+    """Closes the snapshots of a run that ends or goes back. One that fails now is later than every checkpoint, and is
+    taken anew by whatever goes on: no reason to hide why the run ends."""
+    try:
+        kept.close()
+    except CheckpointError as error:
+        log.warning("%s", error)
+
+
+def settle(checkpoints: Any) -> None:
+    """Waits for the save under way; of one process, a save that fails is a warning: the one before it is there.
+
+    Raises:
+      CheckpointError: if it fails in one of several processes, whose others know nothing of that.
+    """
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        if processes.jax_count() > 1:
+            raise
+        log.warning("%s", error)
+
+
+def _attempt(session: Any, step: int, write: Callable[[], Any], *, must: bool = False) -> bool:
+    """Whether `write()` worked; one that did not is reported where failures are borne, else, and if it must, raises."""
     try:
         write()
         return True
     except (CheckpointError, WorkdirError) as error:
-        if not bear:
+        if must or session.config.on_save_error != "continue" or processes.jax_count() > 1:
             raise
         text = f"{error}; training goes on, and the next save is tried at its time (config.on_save_error)"
         log.warning("%s", text)
@@ -72,7 +110,7 @@ class Files:
 
     def __init__(self, open_writers: Callable[[int], Sequence[Any]], step: int, on_error: str):
         self._open, self._bear, self._failed = open_writers, on_error == "continue", False
-        self._writers = list(open_writers(step))
+        self._step, self._writers = step, list(open_writers(step))
 
     def write_scalars(self, step, scalars):
         self._each("write_scalars", step, scalars)
@@ -95,19 +133,31 @@ class Files:
     def rewind(self, step: int) -> None:
         """Goes on from an earlier step: rows that are later are dropped."""
         self._each("close")
-        self._writers = list(self._open(step))
+        self._step, self._writers = step, None
+        self._reopen()
 
     def _each(self, method: str, *args):
-        for writer in self._writers:
-            try:
+        if self._writers is None:
+            self._reopen()
+        for writer in self._writers or ():
+            with self._told(f"cannot write the metrics with {type(writer).__name__}"):
                 getattr(writer, method)(*args)
-            except OSError as error:
-                text = f"cannot write the metrics with {type(writer).__name__}: {type(error).__name__}: {error}"
-                if not self._bear:
-                    raise WorkdirError(f"{text}; free space or make the folder writable, then run it again") from error
-                if not self._failed:
-                    log.warning("%s; training goes on, and rows are lost until it can be written again", text)
-                self._failed = True
+
+    def _reopen(self):
+        with self._told(f"cannot drop the metrics after step {self._step}"):
+            self._writers = list(self._open(self._step))
+
+    @contextlib.contextmanager
+    def _told(self, what: str):
+        try:
+            yield
+        except OSError as error:
+            text = f"{what}: {type(error).__name__}: {error}"
+            if not self._bear:
+                raise WorkdirError(f"{text}; free space or make the folder writable, then run it again") from error
+            if not self._failed:
+                log.warning("%s; training goes on, and rows are lost until it can be written again", text)
+            self._failed = True
 
 
 def stretched(stored: Any, config: Any, step: int, lr: Callable[[int], Any]) -> str | None:
