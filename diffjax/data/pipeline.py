@@ -143,13 +143,15 @@ class BatchIterator:
     Attributes:
       bad: `{position in the source: "name: reason"}` of the items that could not be read so far, by this process.
       items: how many the source has.
+      items_before: how many it had when the state was saved that `set_state` got last.
     """
 
     def __init__(
         self, dataset: Any, order: Any, reading: Reading, max_bad: int, *, items: int, same_items: bool = True
     ):
         self._dataset, self._order, self._reading, self._max_bad = dataset, order, reading, max_bad
-        self.items, self._same_items = items, same_items
+        self.items = self.items_before = items
+        self._same_items = same_items
         self._next, self._iterator = 0, None
         self.bad: dict[int, str] = {}
 
@@ -193,7 +195,7 @@ class BatchIterator:
                 "in another workdir (config.init_from takes the parameters along)"
             )
         self.close()
-        self._next, self.bad = index, {int(i): text for i, text in state.get("bad", ())}
+        self.items_before, self._next, self.bad = had, index, {int(i): text for i, text in state.get("bad", ())}
 
     def batch_ids(self, index: int) -> np.ndarray:
         """`[batch_size]` positions in the source of the items of batch `index`, of all processes, in row order.

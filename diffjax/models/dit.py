@@ -163,11 +163,11 @@ def dit(
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
     check_name("dit", "attention_impl", attention_impl, IMPLEMENTATIONS)
-    if attention_impl == "cudnn" and dtype not in ("bfloat16", "float16"):
-        raise ValueError(f"dit: attention_impl='cudnn' needs dtype='bfloat16' or 'float16', not {dtype!r}")
     check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)
     check_divides("dit", "patch", patch, "the image sides", *(side for s in (shape, *shapes) for side in s[:2]))
     check_divides("dit", "heads", heads, "the width", width)
+    if attention_impl == "cudnn":
+        _check_cudnn(width, heads, dtype)
     if width % 4:
         best = max(4, 4 * round(width / 4))
         raise ValueError(f"dit: width={width}: 2-D positions need a multiple of 4; the nearest is width={best}")
@@ -179,3 +179,14 @@ def dit(
     rest = (patch, width, depth, heads, hidden, dropout, attention, jnp.dtype(dtype), time, loop)
     module = functional(lambda rngs: DiT(ends, num_classes, *rest, rngs))
     return Model(*network("dit", ends[0], module, shapes), config=config, rules=RULES, activations=ACTIVATIONS)
+
+
+def _check_cudnn(width, heads, dtype):
+    size = width // heads
+    if dtype not in ("bfloat16", "float16"):
+        raise ValueError(f"dit: attention_impl='cudnn' needs dtype='bfloat16' or 'float16', not {dtype!r}")
+    if size % 8 or size > 256:
+        raise ValueError(
+            f"dit: attention_impl='cudnn' needs heads of a multiple of 8 channels, at most 256 (128 before Hopper); "
+            f"width={width} over heads={heads} is {size}; change one of them, or take 'xla'"
+        )

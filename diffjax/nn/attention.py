@@ -30,7 +30,9 @@ def attend(
     if implementation == "cudnn" and not halves:
         raise ValueError(f"attention by cudnn needs bfloat16 or float16, here it is {q.dtype}; take 'xla'")
     if halves:
-        implementation = implementation if jax.default_backend() == "gpu" else "xla"
+        # The name of a device, since that of the platform is "gpu" for other makers' as well.
+        nvidia = "nvidia" in jax.devices()[0].device_kind.lower()
+        implementation = implementation if nvidia else "xla"
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation)
     # JAX's own takes the softmax of wider types in float32 as well, and is slower on CPU. Heads lie in front here, or
     # XLA would transpose the weights. The maximum only keeps the exponential finite, and the weights are normalised

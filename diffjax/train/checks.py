@@ -125,6 +125,11 @@ def _check_axes(config, model, mesh, given) -> None:
                 f"{given}nothing of the network {name!r} is split over {axis!r} in this mode; {why}, or give these "
                 "devices to 'data' or 'fsdp'"
             )
+    if mesh.shape.get("sequence", 1) > 1 and dict(model.config).get("attention_impl") == "cudnn":
+        raise ConfigError(
+            f"{given}cuDNN's attention takes the whole sequence on one device; give the devices of 'sequence' to "
+            "another axis, or take attention_impl='xla'"
+        )
     if config.sharding == "pmap" and (jax.process_count() > 1 or mesh.shape.get("data", 1) != mesh.size):
         raise ConfigError(f"{given}pmap is data parallel in one process; take the mesh 'data=-1', or sharding='data'")
     named = named_axes(model.rules) | named_axes(model.activations)

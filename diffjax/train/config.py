@@ -24,10 +24,10 @@ from diffjax import registry
 from diffjax.train.errors import ConfigError
 
 # What a stored run and the config of a resumed run may differ in: nothing that the next update depends on, apart from
-# the learning rate schedule, which is laid out over `num_steps`.
+# the learning rate schedule, which is laid out over `num_steps`, and the order of sums over devices.
 RESUMABLE = (
     "num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample_every", "profile",
-    "ema_snapshots", "sample", "eval", "input", "guard", "on_save_error",
+    "ema_snapshots", "sample", "eval", "input", "guard", "on_save_error", "mesh", "sharding", "accumulate_loop",
 )
 
 FIX = "; edit the config file or pass --{path}=VALUE"

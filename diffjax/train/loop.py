@@ -28,7 +28,7 @@ from diffjax.train.parallel.peers import Watch
 from diffjax.train.parts import prepare
 from diffjax.train.session import Session, contents, last_step, note, open_session, with_programs, with_writers
 from diffjax.train.state import TrainState
-from diffjax.train.survival import guard, recovery, saving
+from diffjax.train.survival import guard, history, recovery, saving
 from diffjax.train.survival.workdir import locked, note_changes, refuse_changes, write_config
 
 
@@ -98,7 +98,10 @@ def train(
         if text := saving.stretched(stored, config, step, parts.lr):
             note(session, step, text)
         if processes.is_first():
-            note_changes(workdir, step, stored, config)
+            changed = history.changed_items(session.iterator)
+            note_changes(workdir, step, stored, config, changed)
+            for text in changed:
+                note(session, step, text)
             write_config(workdir, config)
         session = with_programs(session, step, state, preview)
         return recovery.persist(functools.partial(run, asked=asked), session, step, state)

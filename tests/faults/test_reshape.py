@@ -23,7 +23,7 @@ config = dict(
     checkpoint_every=10, stop_at=stop, mesh=mesh, sharding=sharding, optim=dict(name="sgd", lr=1e-2, b1=0.9),
     ema=("decay(0.9)",), keep=4,
 )
-result = loop.train(ConfigDict(config), workdir, stream=io.StringIO(), allow_changes=True)
+result = loop.train(ConfigDict(config), workdir, stream=io.StringIO())
 assert result.step == stop and jax.device_count() == devices
 """
 

@@ -58,6 +58,8 @@ def test_cudnn_says_what_it_needs_and_gives_way_where_it_is_not():
         attend(*3 * (q.astype(jnp.float32),), implementation="cudnn")
     with pytest.raises(ValueError, match="dit: attention_impl='cudnn' needs dtype='bfloat16'"):
         dit(shape=(4, 4, 1), attention_impl="cudnn")
+    with pytest.raises(ValueError, match="width=24 over heads=2 is 12"):
+        dit(shape=(4, 4, 1), attention_impl="cudnn", dtype="bfloat16", width=24, heads=2)
     if jax.default_backend() == "cpu":
         np.testing.assert_array_equal(attend(q, q, q, implementation="cudnn"), attend(q, q, q))
 

@@ -81,3 +81,10 @@ class Batches:
 
 def _past(skips: list[list[int]], index: int) -> int:
     return next((stop for start, stop in skips if start <= index < stop), index)
+
+
+def changed_items(iterator: Any) -> list[str]:
+    """What to say of data that a run goes on with and that has another number of items than before; else nothing."""
+    before, now = iterator.items_before, iterator.items
+    change = f"images to train on: {before} -> {now}; what is trained on and what is held out are other images now"
+    return [change] if before != now else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -58,16 +59,19 @@ def refuse_changes(workdir: str, config: ConfigDict, *, allow: bool = False) -> 
     return stored
 
 
-def note_changes(workdir: str, step: int, stored: ConfigDict | None, config: ConfigDict) -> list[str]:
-    """What a run changes in its config, written to `config_history.jsonl`: `{"step": 20, "changes": [...]}` a line.
+def note_changes(
+    workdir: str, step: int, stored: ConfigDict | None, config: ConfigDict, others: Sequence[str] = ()
+) -> list[str]:
+    """What a run changes, written to `config_history.jsonl`: `{"step": 20, "changes": [...]}` a line.
 
     Args:
       workdir: folder of the run.
       step: that it goes on from.
       stored: what `refuse_changes` returned.
       config: what it goes on with.
+      others: changes of something else than the config.
     """
-    changes = configs.differences(stored, config, without=()) if stored is not None else []
+    changes = [*(configs.differences(stored, config, without=()) if stored is not None else []), *others]
     if changes:
         with open(os.path.join(workdir, HISTORY_FILE), "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "changes": changes}) + "\n")

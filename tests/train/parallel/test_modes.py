@@ -29,6 +29,9 @@ CASES = {
     "microbatch": dict(model=DIT, mesh="data=2,fsdp=2,tensor=2", sharding="rules", batch_size=16, microbatch=3),
     "sequence of a U-Net": dict(model=UNET, mesh="data=4,sequence=2", batch_size=8),
     "sequence of a perceptron": dict(model=MLP, mesh="data=4,sequence=2", batch_size=8),
+    "sequence with cuDNN": dict(
+        model=DIT | dict(width=32, dtype="bfloat16", attention_impl="cudnn"), mesh="data=4,sequence=2", batch_size=8
+    ),
     "tokens": dict(model=DIT | dict(patch=4), mesh="sequence=8", batch_size=8),
     "tensor without rules": dict(model=MLP, mesh="data=4,tensor=2", batch_size=8),
     "pmap with tensor": dict(model=MLP, mesh="data=4,tensor=2", sharding="pmap", batch_size=8),
@@ -102,6 +105,7 @@ def test_the_batch_divides_over_data_and_fsdp_alone(eight, case):
             ["'unet' is split over 'sequence'", "only transformers, such as 'dit'", "'data' or 'fsdp'"],
         ),
         ("sequence of a perceptron", ["'mlp' is split over 'sequence'"]),
+        ("sequence with cuDNN", ["cuDNN's attention takes the whole sequence", "attention_impl='xla'"]),
         ("tokens", ["4 tokens in 'tokens' do not divide over 8 devices along 'sequence'"]),
         ("tensor without rules", ["config.sharding is 'data'", "'mlp' is split over 'tensor'", "take 'rules'"]),
         ("pmap with tensor", ["config.sharding is 'pmap'", "split over 'tensor'"]),

@@ -43,6 +43,13 @@ def test_changes_are_refused_then_allowed_and_recorded(tmp_path):
     assert read_config(str(tmp_path)).label_dropout == 0.5
 
 
+def test_where_a_run_computes_may_change(tmp_path):
+    train(tmp_path, stop_at=2)
+    train(tmp_path, mesh="fsdp=1", sharding="fsdp")
+    [row] = map(json.loads, (tmp_path / "config_history.jsonl").read_text().splitlines())
+    assert {"mesh: '' -> 'fsdp=1'", "sharding: 'data' -> 'fsdp'"} <= set(row["changes"])
+
+
 def test_data_that_grew_is_refused_then_allowed(tmp_path):
     grow = lambda n: np.savez(tmp_path / "set.npz", image=np.zeros((n, 4, 4, 1), np.uint8))
     settings = dict(data=f"npz(path={str(tmp_path / 'set.npz')!r})")
@@ -51,7 +58,9 @@ def test_data_that_grew_is_refused_then_allowed(tmp_path):
     grow(50)
     with pytest.raises(ValueError, match="there are 45 images to train on, and there were 36 when this run was saved"):
         train(tmp_path / "run", **settings)
-    train(tmp_path / "run", allow=True, **settings)
+    text = train(tmp_path / "run", allow=True, **settings)
+    [row] = map(json.loads, (tmp_path / "run" / "config_history.jsonl").read_text().splitlines())
+    assert "images to train on: 36 -> 45" in row["changes"][-1] and row["changes"][-1] in text
     assert open_checkpoints(tmp_path / "run" / "checkpoints").info(4)["iterator"] == {"next_index": 4, "items": 45}
 
 
