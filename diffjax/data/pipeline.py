@@ -47,8 +47,7 @@ def batches(
     item is dropped. `get_state()` and `set_state(state)` stop and go on mid-epoch with the very same batches, also with
     other `threads`, `workers`, `prefetch` and `process_count`: none of them changes a bit of a batch.
 
-    Grain's own per-item shuffle and batch cost 13 ms per batch of 128 digits on one CPU core, all of it Python per
-    item; here an element of the Grain data set is a whole batch, and costs 0.1 ms.
+    Grain's own shuffle and batch cost Python time per item; here an element of the Grain data set is a whole batch.
 
     Args:
       source: has `__len__` and `__getitem__(i) -> dict of arrays`, and optionally `take(indices) -> dict of stacked

@@ -31,7 +31,7 @@ class Functional(NamedTuple):
 class Stream(nnx.RngStream):
     """Flax's stream of keys with its count in Python: the same keys.
 
-    Flax's own count is an array, and with it a network takes three to six times as long to trace.
+    Flax's own count is an array, and with it a network takes several times as long to trace.
     """
 
     def __init__(self, key: jax.Array, *, tag: str):
