@@ -13,4 +13,7 @@ class NonFiniteError(RuntimeError):
 
 
 class WorkdirError(RuntimeError):
-    """The folder of the run cannot be used: another process is training in it."""
+    """A folder cannot be used: another process has it (a training, a sweep, a sampling), or it cannot be written to.
+
+    It is a file, for instance, or gone, or its disk is full.
+    """
