@@ -38,7 +38,9 @@ def sweep(
     path: Sequence[str] = (),
     dry_run: bool = False,
 ) -> int:
-    """Trains and evaluates every combination of a grid for every seed; 0, 1 if a run failed, 75 if it was stopped.
+    """Trains and evaluates every combination of a grid for every seed; 0, 1 if a run failed, 75 if stopped.
+
+    It is stopped by a signal, or has runs that were interrupted by themselves and none that failed.
 
     The same call goes on: finished runs are left as they are, interrupted ones resume, failed ones are tried again,
     and a longer grid or more seeds add to what is there. A run that fails does not stop the others. Into `out` go a
@@ -105,6 +107,9 @@ def follow(runs: list[Run], jobs: list[Job], ended: Iterator, caught: list[int],
     left = sum(table.finished_report(run) is None for run in runs)
     if caught:
         sys.stderr.write(f"diffjax: stopped by signal {caught[0]}, {left} runs left; the same command goes on\n")
+        return RESUME
+    if left and not failed:
+        sys.stderr.write(f"diffjax: {left} of {len(runs)} runs were interrupted; the same command goes on\n")
         return RESUME
     return 1 if left else 0
 

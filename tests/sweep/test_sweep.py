@@ -43,6 +43,9 @@ if command == "train":
         import signal
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         time.sleep(60)
+    if config["seed"] == 15 and not os.path.exists(os.path.join(workdir, "part")):
+        open(os.path.join(workdir, "part"), "w").close()
+        print("diffjax: another process was lost"); sys.exit(75)
     json.dump(config, open(os.path.join(workdir, "config.json"), "w"))
     open(os.path.join(workdir, "metrics.jsonl"), "w").write(json.dumps({"step": 7, "loss": config["optim"]["lr"]}))
 else:
@@ -155,6 +158,20 @@ def test_a_failure_is_reported_the_others_run_and_the_same_call_goes_on(tmp_path
     other.num_steps = 8
     with pytest.raises(ConfigError, match="num_steps: 7 -> 8"):
         sweep(other, "optim.lr=[0.25]", out)
+
+
+def test_a_run_that_is_interrupted_by_itself_asks_for_the_same_call(tmp_path, stub, capsys):
+    out = str(tmp_path / "sweep")
+    again = lambda *seeds: sweep(tiny(), "optim.lr=[0.25]", out, seeds=seeds, path=stub)
+    assert again(0, 15) == RESUME
+    assert "1 of 2 runs were interrupted; the same command goes on" in capsys.readouterr().err
+    assert [row["status"] for row in read(out)] == ["finished", "interrupted"]
+    assert again(0, 15) == 0
+    # A failure counts for more.
+    [run] = plan_runs(tiny(), parse_grid("optim.lr=[0.25]"), (15,), out)
+    for name in ("part", "eval/report.json"):
+        Path(run.workdir, name).unlink()
+    assert again(13, 15) == 1
 
 
 def test_a_dry_run_lists_and_a_second_sweep_is_refused(tmp_path, stub, capsys):
