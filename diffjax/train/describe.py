@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import math
 import os
 import platform
@@ -23,7 +22,13 @@ from diffjax.train.setup import lower_step
 from diffjax.train.state import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy", "scikit-learn")
-EXTRAS = {"tensorboard": ("tensorboardX", "TensorBoard files")}
+# Of pyproject.toml, without what is for development: what each is for, and the packages that it needs.
+EXTRAS = {
+    "export": ("samplers as files", ("flatbuffers",)),
+    "slurm": ("sweeps as SLURM jobs", ("submitit",)),
+    "tensorboard": ("TensorBoard files", ("tensorboardX",)),
+    "tfds": ("data of TensorFlow Datasets", ("importlib_resources", "tensorflow-datasets")),
+}
 
 
 def describe(config: ConfigDict, *, compile: bool = True) -> str:
@@ -107,10 +112,14 @@ def machine() -> str:
     lines.append(f"  host memory: {_size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}")
     cache = use_compile_cache()
     lines += ["", f"compile cache: {cache or 'off (JAX_ENABLE_COMPILATION_CACHE)'}", "", "extras"]
-    for extra, (module, what) in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
-        lines.append(f"  {extra}: {what}, " + ("installed" if there else f"missing: pip install 'diffjax[{extra}]'"))
+    lines += [_extra(extra, what, packages) for extra, (what, packages) in EXTRAS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _extra(extra: str, what: str, packages: tuple[str, ...]) -> str:
+    versions = {name: _version(name) for name in packages}
+    needs = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"  {extra}: {what}; {needs}" + f": pip install 'diffjax[{extra}]'" * ("missing" in versions.values())
 
 
 def _version(package: str) -> str:
