@@ -106,7 +106,17 @@ def _slurm(environ) -> Cluster | None:
     count = "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     index, local = (_number(name, environ[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
     here = _tasks_here(environ)
-    return Cluster("SLURM", None, _number(count, environ[count]), index, _devices(environ, local, here))
+    devices = _devices(environ, local, here, _gpus_per_task(environ))
+    return Cluster("SLURM", None, _number(count, environ[count]), index, devices)
+
+
+def _gpus_per_task(environ) -> int:
+    """The number in `SLURM_GPUS_PER_TASK` (`2`, `a100:2` or `a100:1,h100:1`), which srun binds each task to; else 1.
+
+    `SLURM_GPUS_ON_NODE` may be that of the job around the step, and `SLURM_STEP_GPUS` lists what is visible.
+    """
+    counts = (item.rpartition(":")[2] for item in environ.get("SLURM_GPUS_PER_TASK", "").split(","))
+    return sum(int(count) if count.isdecimal() else 1 for count in counts)
 
 
 def _tasks_here(environ) -> int:
@@ -142,11 +152,11 @@ def _tpu(environ) -> Cluster | None:
     return Cluster("TPU", None, None, None, None)
 
 
-def _devices(environ, local: int, here: int) -> tuple[int, ...]:
+def _devices(environ, local: int, here: int, each: int = 1) -> tuple[int, ...]:
     """The devices of one of `here` processes on a machine: its own, or all that it can see where it is alone there or
-    the launcher has already hidden those of the others."""
+    the launcher, which gives `each` to a process, has already hidden those of the others."""
     visible = next((environ[name] for name in _VISIBLE if environ.get(name)), "")
-    bound = bool(visible) and "," not in visible
+    bound = bool(visible) and len(visible.split(",")) <= each
     return () if here == 1 or bound else (local,)
 
 

@@ -70,6 +70,13 @@ def test_a_flag_replaces_a_part():
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, ()),  # one task a node: all of its devices
         ({"CUDA_VISIBLE_DEVICES": "3"}, ()),  # bound by the launcher: the one device has the number 0
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, (1,)),
+        # `--gpus-per-task` binds each task to its own, numbered from 0 where cgroups hide the others.
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2", "SLURM_LOCALID": "2"}, ()),
+        ({"CUDA_VISIBLE_DEVICES": "4,5", "SLURM_GPUS_PER_TASK": "a100:2", "SLURM_LOCALID": "2"}, ()),
+        ({"ROCR_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "a100,h100:1"}, ()),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "1"}, (1,)),  # with `--gpu-bind=none`
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "8"}, (1,)),
+        ({"SLURM_GPUS_PER_TASK": "2"}, (1,)),
         ({"SLURM_STEP_TASKS_PER_NODE": "7,1"}, ()),
         ({"SLURM_STEP_TASKS_PER_NODE": "1,7"}, (1,)),
     ],
