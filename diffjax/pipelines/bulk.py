@@ -145,7 +145,7 @@ def place(environ: Mapping[str, str], **flags) -> tuple[int, int]:
     Raises:
       ValueError: where only JAX itself could tell, as on a TPU pod.
     """
-    found = cluster.find(environ, **flags)
+    found = cluster.find(environ, joins=False, **flags)
     if found is None:
         return 0, 1
     if found.count is None or found.index is None:

@@ -47,6 +47,7 @@ def find(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    joins: bool = True,
 ) -> Cluster | None:
     """The cluster that this process belongs to; None where it is alone.
 
@@ -58,6 +59,7 @@ def find(
       coordinator: `HOST:PORT`; `"auto"` leaves everything that is not given to JAX, which also knows Kubernetes.
       num_processes: how many.
       process_id: which one this is.
+      joins: whether the processes are to be joined, which takes a coordinator.
 
     Raises:
       ConfigError: for what cannot work: a part that is missing, no number, or out of range.
@@ -72,7 +74,7 @@ def find(
         cluster = (cluster or given._replace(devices=()))._replace(**parts)
     if cluster is None or (cluster.count == 1 and not cluster.index):
         return None
-    _check(cluster)
+    _check(cluster, joins)
     if ids := environ.get("JAX_LOCAL_DEVICE_IDS"):
         cluster = cluster._replace(devices=tuple(_number("JAX_LOCAL_DEVICE_IDS", item) for item in ids.split(",")))
     return cluster
@@ -167,8 +169,8 @@ def _number(name: str, text: str) -> int:
         raise ConfigError(f"{name}={text!r}: expected a whole number; unset it, or give the right one") from None
 
 
-def _check(cluster: Cluster) -> None:
-    """Raises `ConfigError` for a cluster that cannot start."""
+def _check(cluster: Cluster, joins: bool) -> None:
+    """Raises `ConfigError` for a cluster that cannot start, or, where none is joined, does not say who is who."""
     found, coordinator, count, index, _ = cluster
     if count is not None and count < 1:
         raise ConfigError(f"{found}: {count} processes; expected at least 1")
@@ -178,14 +180,16 @@ def _check(cluster: Cluster) -> None:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ConfigError(f"{found}: coordinator {coordinator!r}; expected HOST:PORT of process 0, as node0:12345")
-    if found == "Open MPI 5" and coordinator is None:
+    if joins and found == "Open MPI 5" and coordinator is None:
         raise ConfigError(
             "Open MPI 5 does not say where process 0 runs; add --coordinator=HOST:PORT of process 0 (any free port)"
         )
     launched = any(name in found for name in ("SLURM", "Open MPI", "TPU", "JAX"))
-    missing = [f"--{name}" for name, part in zip(FLAGS, cluster[1:4], strict=True) if part is None]
+    needed = list(zip(FLAGS, ("HOST:PORT", "N", "I"), cluster[1:4], strict=True))[not joins :]
+    missing = [f"--{name}" for name, _, part in needed if part is None]
     if missing and not launched:
+        *flags, last = (f"--{name}={value}" for name, value, _ in needed)
         raise ConfigError(
-            f"several processes need --coordinator=HOST:PORT, --num_processes=N and --process_id=I (or DIFFJAX_* "
-            f"variables of those names); given: {found or 'nothing'}; missing: {', '.join(missing)}"
+            f"several processes need {', '.join(flags)} and {last} (or DIFFJAX_* variables of those names); "
+            f"given: {found or 'nothing'}; missing: {', '.join(missing)}"
         )

@@ -58,6 +58,12 @@ def test_agrees_with_what_jax_detects(environ, monkeypatch):
     assert (found.count, found.index, list(found.devices)) == (count, index, devices)
 
 
+def test_who_joins_nobody_needs_no_coordinator():
+    assert find({}, num_processes=4, process_id=1, joins=False) == ("--num_processes, --process_id", None, 4, 1, ())
+    fifth = {name: value for name, value in MPI.items() if "hnp" not in name}
+    assert find(fifth, joins=False)[1:4] == (None, 4, 2)
+
+
 def test_a_flag_replaces_a_part():
     found = find(SLURM, coordinator="login:9000")
     assert found == Cluster("--coordinator over SLURM", "login:9000", 8, 5, (1,))
@@ -96,6 +102,7 @@ def test_slurm_without_srun_is_said(caplog):
     "environ, flags, words",
     [
         ({}, dict(num_processes=2), ["--coordinator=HOST:PORT", "missing: --coordinator, --process_id"]),
+        ({}, dict(num_processes=2, joins=False), ["need --num_processes=N and", "missing: --process_id"]),
         ({}, FLAGS | dict(process_id=2), ["process id 2 of 2", "0 to 1"]),
         ({}, FLAGS | dict(process_id=-1), ["process id -1 of 2"]),
         ({}, FLAGS | dict(num_processes=0), ["0 processes"]),
