@@ -184,7 +184,7 @@ def _check(cluster: Cluster, joins: bool) -> None:
         raise ConfigError(
             "Open MPI 5 does not say where process 0 runs; add --coordinator=HOST:PORT of process 0 (any free port)"
         )
-    launched = any(name in found for name in ("SLURM", "Open MPI", "TPU", "JAX"))
+    launched = any(name in found for name in ("SLURM", "Open MPI", "TPU", "JAX's"))
     needed = list(zip(FLAGS, ("HOST:PORT", "N", "I"), cluster[1:4], strict=True))[not joins :]
     missing = [f"--{name}" for name, _, part in needed if part is None]
     if missing and not launched:

@@ -103,6 +103,7 @@ def test_slurm_without_srun_is_said(caplog):
     [
         ({}, dict(num_processes=2), ["--coordinator=HOST:PORT", "missing: --coordinator, --process_id"]),
         ({}, dict(num_processes=2, joins=False), ["need --num_processes=N and", "missing: --process_id"]),
+        ({"DIFFJAX_PROCESS_ID": "1"}, {}, ["given: DIFFJAX_PROCESS_ID; missing: --coordinator, --num_processes"]),
         ({}, FLAGS | dict(process_id=2), ["process id 2 of 2", "0 to 1"]),
         ({}, FLAGS | dict(process_id=-1), ["process id -1 of 2"]),
         ({}, FLAGS | dict(num_processes=0), ["0 processes"]),
