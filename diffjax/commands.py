@@ -124,11 +124,17 @@ def together(arguments):
         yield peers
 
 
-@contextlib.contextmanager
-def alone(arguments):
-    """Whether this process is the one that does the work; the others wait for it at the end of the block."""
-    with together(arguments) as peers:
-        yield not (peers and peers.index)
+def is_chosen(arguments) -> bool:
+    """Whether this is process 0, which does the work of a command that takes no other; elsewhere says that it does.
+
+    They are not joined: JAX starts the devices of joined processes together, and the others need none.
+    """
+    from diffjax.train.parallel.processes import place
+
+    index, count = place(os.environ, **_cluster_flags(arguments))
+    if index:
+        sys.stdout.write(f"process {index} of {count} has nothing to do: process 0 does it alone\n")
+    return not index
 
 
 def train(arguments, overrides) -> int:
@@ -158,17 +164,17 @@ def evaluate(arguments, overrides) -> int:
             raise UsageError(f"eval: --samples=DIR judges what is there, so {others[0]} has no meaning beside it")
     else:
         options["quick"] = arguments.quick
-    with alone(arguments) as chosen:
-        if chosen:
-            from diffjax.pipelines.evaluate import evaluate as run
-            from diffjax.pipelines.evaluate import evaluate_samples
-            from diffjax.runtime import set_up
+    if not is_chosen(arguments):
+        return 0
+    from diffjax.pipelines.evaluate import evaluate as run
+    from diffjax.pipelines.evaluate import evaluate_samples
+    from diffjax.runtime import set_up
 
-            set_up()
-            if arguments.samples:
-                evaluate_samples(workdir, arguments.samples, **options)
-            else:
-                run(workdir, **options)
+    set_up()
+    if arguments.samples:
+        evaluate_samples(workdir, arguments.samples, **options)
+    else:
+        run(workdir, **options)
     return 0
 
 
@@ -182,13 +188,13 @@ def sample(arguments, overrides) -> int:
         return sample_many(arguments, options | bulk)
     if bulk:
         raise UsageError(f"sample: --{next(iter(bulk))} belongs to --num=N, which draws N samples into a folder")
-    with alone(arguments) as chosen:
-        if chosen:
-            from diffjax.pipelines.generate import generate
-            from diffjax.runtime import set_up
+    if not is_chosen(arguments):
+        return 0
+    from diffjax.pipelines.generate import generate
+    from diffjax.runtime import set_up
 
-            set_up()
-            generate(workdir, **options)
+    set_up()
+    generate(workdir, **options)
     return 0
 
 
@@ -198,8 +204,9 @@ def sample_many(arguments, options: dict) -> int:
         raise UsageError("sample: --num and --seeds exclude each other; --num=100 has the seeds 0 to 99, see --seed")
     if options.get("out", "").endswith((".png", ".npz")):
         raise UsageError(f"sample: --num writes a folder, but --out={options['out']} is a file; --seeds writes one")
-    from diffjax.pipelines.bulk import place, sample_many
+    from diffjax.pipelines.bulk import sample_many
     from diffjax.runtime import set_up
+    from diffjax.train.parallel.processes import place
 
     if "part" not in options:
         options["part"] = place(os.environ, **_cluster_flags(arguments))
@@ -293,10 +300,15 @@ _ALLOW = (
     "--allow_changes",
     dict(action="store_true", help="go on with another config than the run was started with; the changes are recorded"),
 )
-_PROCESSES = (
-    ("--coordinator", dict(metavar="HOST:PORT", help="of process 0 of several; default what the launcher says")),
+_PLACE = (
     ("--num_processes", dict(type=int, metavar="N", help="how many processes run this command together")),
     ("--process_id", dict(type=int, metavar="I", help="which of them this is, from 0")),
+)
+# Where no process joins another.
+_APART = (("--coordinator", dict(metavar="HOST:PORT", help="taken as by train, and not needed")), *_PLACE)
+_TOGETHER = (
+    ("--coordinator", dict(metavar="HOST:PORT", help="of process 0 of several; default what the launcher says")),
+    *_PLACE,
     ("--join_timeout", dict(type=int, default=300, metavar="S", help="seconds to wait for the others; default 300")),
     ("--stall_timeout", dict(type=float, default=1800, metavar="S", help="stop all after so long without a step")),
 )
@@ -324,7 +336,7 @@ COMMANDS = {
             "diffjax train --config=configs/digits.py:smoke --workdir=runs/smoke",
             "diffjax train --config=configs/digits.py --config.optim.lr=2e-3 --workdir=runs/lr",
         ),
-        (_CONFIG, _WORKDIR, _ALLOW, *_PROCESSES),
+        (_CONFIG, _WORKDIR, _ALLOW, *_TOGETHER),
         train,
     ),
     "eval": Command(
@@ -344,7 +356,7 @@ COMMANDS = {
             *_SAMPLING,
             _STEP,
             ("--out", dict(metavar="DIR", help="where to write; default WORKDIR/eval")),
-            *_PROCESSES,
+            *_APART,
         ),
         evaluate,
     ),
@@ -369,7 +381,7 @@ COMMANDS = {
             _EMA,
             _STEP,
             ("--out", dict(metavar="PATH", help="where to write; default WORKDIR/samples")),
-            *_PROCESSES,
+            *_APART,
         ),
         sample,
     ),

@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -53,6 +55,8 @@ def test_help_lists_every_command_and_flag_with_examples(capsys):
         (["train", *TINY, "--workdir=x", "--config.optim.lr=fast"], ["config.optim.lr is 'fast'", "a float"]),
         (["sample", "--workdir=x", "--steps=many"], ["--steps", "invalid int value: 'many'"]),
         (["sample", "--workdir=x", "--step=last"], ["--step", "invalid integer or 'best' value: 'last'"]),
+        (["eval", "--workdir=x", "--join_timeout=9"], ["unknown argument '--join_timeout'"]),
+        (["sample", "--workdir=x", "--stall_timeout=9"], ["unknown argument '--stall_timeout'"]),
         (["sample", "--workdir=x", "--seeds=0", "--num=2"], ["exclude each other"]),
         (["sample", "--workdir=x"], ["holds no run"]),
         (["eval", "--workdir=x"], ["holds no run"]),
@@ -130,6 +134,40 @@ def test_train_resumes_refuses_and_reports(capsys, tmp_path):
     assert code == 2 and "optim.lr: 0.002 -> 0.5" in err
     code, _, err = run(capsys, "sample", workdir, "--config.optim.lr=0.5")
     assert code == 2 and "only config.sample.* can be changed here" in err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert cli.main(["train", *TINY, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "command, made",
+    [
+        (["sample", "--classes=0", "--seeds=0,1", "--steps=2"], "samples"),
+        pytest.param(["eval", "--quick", "--num_samples=64", "--seeds=1", "--steps=2"], "eval", marks=pytest.mark.slow),
+    ],
+)
+def test_of_two_processes_the_first_works_and_the_other_leaves(trained, tmp_path, command, made):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    argv = [sys.executable, "-m", "diffjax", *command, f"--workdir={trained}", f"--out={tmp_path / made}"]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "DIFFJAX_COORDINATOR": f"127.0.0.1:{port}"}
+    both = []
+    for index in range(2):
+        mine = environ | {"DIFFJAX_NUM_PROCESSES": "2", "DIFFJAX_PROCESS_ID": str(index)}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        both.append(subprocess.Popen(argv, cwd=ROOT, env=mine, **pipes))
+    try:
+        first, other = (process.communicate(timeout=100)[0] for process in both)
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], first + other
+    assert other == "process 1 of 2 has nothing to do: process 0 does it alone\n"
+    assert "process 0" not in first and list(tmp_path.glob("**/*.png"))
 
 
 def test_a_run_that_diverges_exits_with_1(capsys, tmp_path):

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,6 @@ from diffjax.pipelines.sampler import (
 )
 from diffjax.train import paths
 from diffjax.train.errors import WorkdirError
-from diffjax.train.parallel import cluster
 from diffjax.train.parallel.mesh import batch_sharding, make_mesh, replicated
 
 INDEX, PREVIEW = "index.json", "preview.png"
@@ -130,31 +129,6 @@ def sample_many(
     state = "complete" if complete else "shards of other processes are missing"
     sys.stdout.write(f"{missing} samples drawn, {total - missing} there already{rate} -> {folder} ({state})\n")
     return Bulk(folder, missing, total - missing, complete)
-
-
-def place(environ: Mapping[str, str], **flags) -> tuple[int, int]:
-    """`(i, n)` of a process among those that a launcher (SLURM, Open MPI, `DIFFJAX_*`) or flags name; `(0, 1)` alone.
-
-    Takes the accelerators that the launcher meant for it, so it must come before the first use of a device. Nothing
-    joins the processes: one that dies does not stop the others.
-
-    Args:
-      environ: of the process.
-      **flags: `coordinator`, `num_processes` and `process_id`, as for `diffjax.train.parallel.cluster.find`.
-
-    Raises:
-      ValueError: where only JAX itself could tell, as on a TPU pod.
-    """
-    found = cluster.find(environ, joins=False, **flags)
-    if found is None:
-        return 0, 1
-    if found.count is None or found.index is None:
-        raise ValueError(f"{found.found} does not say which process this is; give --part=I/N on each of them")
-    if found.devices:
-        chosen = ",".join(map(str, found.devices))
-        jax.config.update("jax_cuda_visible_devices", chosen)
-        jax.config.update("jax_rocm_visible_devices", chosen)
-    return found.index, found.count
 
 
 def check_numbers(num, seed, shard_size, batch_size, part, labels) -> None:

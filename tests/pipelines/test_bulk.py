@@ -172,16 +172,6 @@ def test_what_names_no_samples_is_refused(workdir, tmp_path, changes, words):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_launcher_says_which_part(monkeypatch):
-    assert bulk.place({}) == (0, 1)
-    told = {"DIFFJAX_COORDINATOR": "host:1234", "DIFFJAX_NUM_PROCESSES": "4", "DIFFJAX_PROCESS_ID": "2"}
-    assert bulk.place(told) == (2, 4)
-    assert bulk.place({}, coordinator="host:1234", num_processes=4, process_id=3) == (3, 4)
-    # Nothing is joined, so nobody needs to know where process 0 runs.
-    assert bulk.place({}, num_processes=4, process_id=1) == (1, 4)
-    assert bulk.place({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}) == (2, 4)
-
-
 EIGHT = """
 import sys, jax
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,4 +1,4 @@
-"""Joining the processes of a run, agreeing with them, and leaving them.
+"""Joining the processes of a run, agreeing with them, and leaving them; or only telling which one this is.
 
 The processes find each other through `jax.distributed`; everything else here is what a run wants besides: that all were
 started alike, that a signal to one stops all at the same step, and that a process which ends takes the others along.
@@ -26,7 +26,7 @@ from jax._src import distributed  # The client of the coordination service has n
 from jax.sharding import Sharding
 
 from diffjax.train.errors import ConfigError
-from diffjax.train.parallel.cluster import Cluster
+from diffjax.train.parallel.cluster import Cluster, find
 from diffjax.train.parallel.peers import STALL_S, Verdict, Watch, catch_abort, refused, release_abort
 from diffjax.train.survival.signals import caught_signals
 
@@ -121,6 +121,37 @@ def _not_met(cluster: Cluster, waited: float, timeout_s: int) -> Verdict:
 def _end(verdict: Verdict) -> None:
     os.write(2, f"diffjax: {verdict.text}\n".encode())
     os._exit(verdict.code)
+
+
+def place(environ: Mapping[str, str], **flags) -> tuple[int, int]:
+    """`(i, n)` of a process among those that a launcher (SLURM, Open MPI, `DIFFJAX_*`) or flags name; `(0, 1)` alone.
+
+    Takes the accelerators that the launcher meant for it, so it must come before the first use of a device. Nothing
+    joins the processes: none waits for another, and one that dies does not stop the others. On a TPU host it starts
+    the chips, which know their place; those of a slice of several hosts start when all hosts do.
+
+    Args:
+      environ: of the process.
+      **flags: `coordinator`, `num_processes` and `process_id`, as for `diffjax.train.parallel.cluster.find`.
+
+    Raises:
+      ConfigError: as `find`, and where only joining would tell, as with `coordinator="auto"`.
+    """
+    found = find(environ, joins=False, **flags)
+    if found is None:
+        return 0, 1
+    if found.count is None or found.index is None:
+        if "TPU" in found.found:
+            return jax.process_index(), jax.process_count()
+        raise ConfigError(
+            f"{found.found} does not say which process this is, and none is joined here; give --num_processes=N and "
+            "--process_id=I on each of them"
+        )
+    if found.devices:
+        chosen = ",".join(map(str, found.devices))
+        jax.config.update("jax_cuda_visible_devices", chosen)
+        jax.config.update("jax_rocm_visible_devices", chosen)
+    return found.index, found.count
 
 
 def agree(name: str, facts: Mapping[str, Any], advice: str) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from diffjax.train.checkpoint import CheckpointError
 from diffjax.train.errors import RESUME, ConfigError
-from diffjax.train.parallel import peers, processes
+from diffjax.train.parallel import cluster, peers, processes
 from diffjax.train.parallel.cluster import Cluster
 from diffjax.train.parallel.peers import BEAT_S, SILENT_S, Verdict, Watch
 
@@ -294,3 +294,25 @@ def test_rows_of_a_process():
     for scattered in (Places((0, 4), (8, 12)), Places((4, 12))):
         with pytest.raises(ConfigError, match="scatters the rows of a batch of 16"):
             processes.input_share(scattered, 16)
+
+
+def test_a_launcher_says_which_place_without_joining():
+    place = processes.place
+    assert place({}) == (0, 1)
+    told = {"DIFFJAX_COORDINATOR": "host:1234", "DIFFJAX_NUM_PROCESSES": "4", "DIFFJAX_PROCESS_ID": "2"}
+    assert place(told) == (2, 4)
+    assert place({}, coordinator="host:1234", num_processes=4, process_id=3) == (3, 4)
+    # Nobody needs to know where process 0 runs.
+    assert place({}, num_processes=4, process_id=1) == (1, 4)
+    assert place({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}) == (2, 4)
+    with pytest.raises(ConfigError, match="own detection does not say.*--process_id=I"):
+        place({}, coordinator="auto")
+
+
+def test_the_chips_of_a_tpu_host_know_their_place(monkeypatch):
+    monkeypatch.setattr(cluster, "_tpu", lambda environ: Cluster("TPU", None, None, None, None))
+    assert processes.place({}) == (0, 1)
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert processes.place({}) == (2, 4)
+    assert processes.place({}, num_processes=8, process_id=5) == (5, 8)
