@@ -12,7 +12,7 @@
 #
 # Starts again when every process ended with 0, with 75 (interrupted, or another process was lost) or by a signal, and
 # not all with 0. Any other code is an error that a restart would meet again: it ends the script with that code. SIGTERM
-# or SIGINT to the script stops the run: it saves, and the script ends with 75.
+# or SIGINT to the script, or a Ctrl-C, stops the run: it saves, and the script ends with 75.
 set -u
 
 processes=${PROCESSES:-1} restarts=${RESTARTS:-100} pause=${PAUSE:-10}

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -95,6 +96,36 @@ def test_local_passes_a_signal_on_and_stops(program, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 75
     assert len(calls(tmp_path)) == 2
+
+
+SAVES = """
+import sys, time
+from diffjax.train.survival.signals import caught_signals
+with caught_signals() as caught:
+    print("ready", file=open(sys.argv[1], "a"))
+    while not caught:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    print("saved", file=open(sys.argv[1], "a"))
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_local_lets_a_run_save_after_a_signal_to_the_whole_group(program, tmp_path, number):
+    (tmp_path / "saves.py").write_text(SAVES)
+    state = tmp_path / "state"
+    run = program("run", f'exec "{sys.executable}" "{tmp_path}/saves.py" "{state}"')
+    environ = os.environ | {"DIFFJAX": str(run), "PYTHONPATH": str(LAUNCH.parents[1])}
+    command = ["bash", str(LAUNCH / "local.sh"), "train"]
+    with subprocess.Popen(command, env=environ, start_new_session=True) as process:
+        until = time.monotonic() + 60
+        while not state.exists() or not state.read_text():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        assert process.wait(30) == 75
+    assert state.read_text().split() == ["ready", "saved"] and len(calls(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

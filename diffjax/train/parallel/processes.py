@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from jax.sharding import Sharding
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel.cluster import Cluster, find
 from diffjax.train.parallel.peers import STALL_S, Verdict, Watch, catch_abort, refused, release_abort
-from diffjax.train.survival.signals import caught_signals
+from diffjax.train.survival.signals import at_first, caught_signals
 
 JOIN_S = 300
 MEET_S = 3600
@@ -248,27 +247,13 @@ def stop_requests() -> Iterator[Callable[[int], int | None]]:
         return
     from jax.experimental import multihost_utils
 
-    with _interrupt_is_terminate():
+    with interrupt_is_terminate():
         yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
 
 
-@contextlib.contextmanager
-def _interrupt_is_terminate():
-    """JAX listens to SIGTERM alone. A second SIGINT has its usual effect."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def pass_on(number, frame):
-        signal.signal(signal.SIGINT, before)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, pass_on)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def interrupt_is_terminate() -> contextlib.AbstractContextManager[None]:
+    """Turns the first SIGINT into a SIGTERM while the block lasts: JAX listens to that one alone."""
+    return at_first((signal.SIGINT,), lambda number: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def input_share(sharding: Sharding, rows: int) -> tuple[int, int]:

@@ -5,26 +5,54 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
+from collections.abc import Callable, Iterator
+
+# A Ctrl-C, or a signal to a whole process group, reaches a program twice: from the system, and from the script that
+# started it, which got it too and passes it on. That takes milliseconds, or longer on a machine that is busy.
+ECHO_S = 2.0
 
 
 @contextlib.contextmanager
-def caught_signals():
-    """A list that SIGINT and SIGTERM are appended to; a second one has its usual effect at once."""
+def caught_signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is appended to; a second one has its usual effect at once.
+
+    Those that come within `ECHO_S` seconds of the first are taken for its echo and ignored.
+    """
     caught: list[int] = []
+    with at_first((signal.SIGINT, signal.SIGTERM), caught.append):
+        yield caught
+
+
+@contextlib.contextmanager
+def at_first(numbers: tuple[int, ...], act: Callable[[int], None]) -> Iterator[None]:
+    """Calls `act(number)` at the first of some signals while the block lasts; nothing outside of the main thread.
+
+    What comes within `ECHO_S` seconds is ignored, what comes later has the effect that it had before the block.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield
         return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in numbers}
+    first: float | None = None
 
-    def catch(number, frame):
-        caught.append(number)
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    for s in before:
-        signal.signal(s, catch)
+    def handle(number, frame):
+        nonlocal first
+        now = time.monotonic()
+        if first is None:
+            first = now
+            act(number)
+        elif now - first >= ECHO_S:
+            restore()
+            signal.raise_signal(number)
+
+    for number in before:
+        signal.signal(number, handle)
     try:
-        yield caught
+        yield
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        restore()
