@@ -138,7 +138,8 @@ class TensorBoard:
 
     Args:
       folder: of the files.
-      upto: the step at which a resumed run goes on; TensorBoard leaves out what was written of later ones before.
+      upto: the step at which a run goes on, 0 from its beginning; TensorBoard leaves out what was written of later
+        ones before.
 
     Raises:
       ModuleNotFoundError: without tensorboardX; the message says what to install.
@@ -148,7 +149,7 @@ class TensorBoard:
         require_tensorboard()
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(folder, purge_step=upto + 1 if upto else None)
+        self._writer = SummaryWriter(folder, purge_step=None if upto is None else upto + 1)
 
     def write_scalars(self, step, scalars):
         for name, value in scalars.items():

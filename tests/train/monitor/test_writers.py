@@ -102,15 +102,16 @@ def test_tensorboard_events_hold_the_scalars_and_images(tmp_path):
     assert {"many", "note/text_summary", "hparams/text_summary"} <= set(values)
 
 
-def test_a_resumed_run_tells_tensorboard_what_to_forget(tmp_path):
+@pytest.mark.parametrize("upto, forgotten", [(None, []), (0, [1]), (20, [21])])
+def test_a_resumed_run_tells_tensorboard_what_to_forget(tmp_path, upto, forgotten):
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import SessionLog
 
-    writer = writers.TensorBoard(str(tmp_path), upto=20)
+    writer = writers.TensorBoard(str(tmp_path), upto=upto)
     writer.close()
     # TensorBoard drops events of these steps and later ones that were written before a START.
     starts = [event.step for event in events(tmp_path) if event.session_log.status == SessionLog.START]
-    assert starts == [21]
+    assert starts == forgotten
 
 
 def test_without_tensorboardx_the_message_names_the_extra(tmp_path, monkeypatch):
