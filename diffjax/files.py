@@ -1,13 +1,18 @@
-"""Files that are whole or not there, and folders that one process uses at a time; the standard library only."""
+"""Files that are whole or not there, logs that outlive a crash, and folders that one process uses at a time; the
+standard library only."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import logging
 import os
 import platform
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Any
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -44,6 +49,34 @@ def write_text(path: str | os.PathLike, text: str, *, tag: str | None = None) ->
     """Writes a text file with `replacing`."""
     with replacing(path, tag=tag) as file:
         file.write(text)
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a log such as `metrics.jsonl` in order: one JSON object with an integer `step` a line.
+
+    Other lines, as a power cut or a bad disk leaves them, are left out, and a warning names them; a last line that was
+    cut short is left out without one, as every kill may leave it.
+
+    Raises:
+      OSError: if there is no such file, or it cannot be read.
+    """
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")
+    rows = [_row(line) for line in lines]
+    # What follows the last line break is the cut line, or nothing.
+    damaged = [str(number) for number, row in enumerate(rows[:-1], 1) if row is None and lines[number - 1].strip()]
+    if damaged:
+        shown = ", ".join(damaged[:8]) + (f" and {len(damaged) - 8} more" if damaged[8:] else "")
+        log.warning("%s: left out what is no JSON object with a step, line %s", os.fspath(path), shown)
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode())
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 @contextlib.contextmanager

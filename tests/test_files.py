@@ -36,6 +36,22 @@ def test_a_move_that_fails_leaves_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+def test_rows_of_a_damaged_log_are_those_of_its_sound_lines(tmp_path, caplog):
+    path = tmp_path / "log.jsonl"
+    bad = [bytes(40), b"\xff\xfe", b'{"step": 1', b"[1]", b'{"loss": 1.0}', b'{"step": "1"}', b'{"step": true}']
+    lines = [b'{"step": 1, "loss": 0.5}', *bad, b"", b'{"step": 2, "note": "\xc3\x9f"}']
+    path.write_bytes(b"\n".join([*lines, b'{"step": 3, "lo']))
+    assert files.read_rows(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "note": "ß"}]
+    assert [r.getMessage().split(", line ")[1] for r in caplog.records] == ["2, 3, 4, 5, 6, 7, 8"]
+    assert str(path) in caplog.text
+    caplog.clear()
+    path.write_bytes(b"\n".join([bytes(4)] * 20 + [b'{"step": 3, "loss": 1.0}']))
+    assert files.read_rows(path) == [{"step": 3, "loss": 1.0}] and "7, 8 and 12 more" in caplog.text
+    caplog.clear()
+    path.write_bytes(b'{"step": 1}\n{"st')
+    assert files.read_rows(path) == [{"step": 1}] and not caplog.records
+
+
 def test_a_lock_is_held_by_one_process_at_a_time(tmp_path):
     code = (
         "import sys; from diffjax import files\n"

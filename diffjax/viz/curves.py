@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 
@@ -11,30 +10,23 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from diffjax import files
 from diffjax.viz.figure import COLOURS, FAINT, INK, TEXT, TITLE, new_figure, wrap
 
 
 def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`{name: (steps, values)}` of every number in a `metrics.jsonl`: one JSON object a line, with `step`.
+    """`{name: (steps, values)}` of every number in a `metrics.jsonl`, as `diffjax.files.read_rows` reads it.
 
-    A last line that was cut by a crash is left out. After a resume the later of two lines with the same step counts.
+    After a resume the later of two lines with the same step counts.
 
     Raises:
-      ValueError: for a broken line that is not the last one.
+      OSError: if there is no such file, or it cannot be read.
     """
-    with open(path) as file:
-        lines = [line for line in file.read().split("\n") if line.strip()]
     found: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{os.fspath(path)}, line {number}: not JSON ({error})") from None
+    for row in files.read_rows(path):
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(name, {})[int(row["step"])] = float(value)
+                found.setdefault(name, {})[row["step"]] = float(value)
     ordered = {name: sorted(points.items()) for name, points in found.items()}
     return {name: (np.array([s for s, _ in p]), np.array([v for _, v in p])) for name, p in ordered.items()}
 

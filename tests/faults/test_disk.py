@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from diffjax import files
 from diffjax.train import loop
 from diffjax.train.checkpoint import CheckpointError, open_checkpoints
 from diffjax.train.errors import WorkdirError
@@ -185,6 +186,33 @@ def test_a_read_only_folder_stops_the_run(tmp_path, during):
         subprocess.run(command("rw"), check=True)
         during(lambda n: None)
         assert train(workdir).step == 12
+
+
+def test_a_damaged_line_of_the_metrics_is_left_out_and_named(tmp_path, during, caplog):
+    workdir = tmp_path / "run"
+    path = workdir / "metrics.jsonl"
+
+    def zero(number):
+        # What a file system may bring back after a power cut for a block that was not yet on the disk.
+        lines = path.read_bytes().split(b"\n")
+        with open(path, "r+b") as file:
+            file.seek(sum(len(line) + 1 for line in lines[: number - 1]))
+            file.write(bytes(len(lines[number - 1])))
+
+    during(lambda n: None)
+    assert train(workdir, stop_at=6).step == 6
+    zero(3)
+    # Another is lost while the run goes on, so that the summary at its end meets it.
+    during(lambda n: n == 4 and zero(2))
+    assert train(workdir).step == 12
+    warnings = [r.getMessage() for r in caplog.records if f"{path}: left out" in r.getMessage()]
+    assert warnings[0].endswith("line 3") and {w[-6:] for w in warnings[1:]} == {"line 2"}
+    assert [row["step"] for row in files.read_rows(path) if "loss" in row] == [1, *range(4, 13)]
+    # What was damaged at the start of the run is gone from the file.
+    assert path.read_bytes().count(b"\0\n") == 1
+    during(lambda n: None)
+    train(tmp_path / "undisturbed")
+    same_as_undisturbed(workdir, tmp_path / "undisturbed")
 
 
 class Broken:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from diffjax import files
 from diffjax.train import loop
 from diffjax.train.checkpoint import Checkpoints, open_checkpoints
 from diffjax.train.errors import ConfigError, NonFiniteError, WorkdirError
-from diffjax.train.monitor import writers
 from diffjax.train.parts import prepare
 from diffjax.train.state import abstract_state, load_run
 from diffjax.train.survival.workdir import locked, read_config
@@ -108,7 +108,7 @@ def same_bits(a, b):
 
 def timeless(workdir):
     timing = ("steps_per_s", "step_ms", "images_per_s", "data_wait", "tflops_per_s", "memory_gib")
-    rows = writers.read_metrics(str(workdir / "metrics.jsonl"))
+    rows = files.read_rows(workdir / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in timing} for row in rows]
 
 
@@ -148,7 +148,7 @@ def test_checkpoints_end_windows_and_score_the_rows_since_the_one_before(tmp_pat
     train(whole, **uneven)
     train(parts, **uneven, stop_at=30)
     train(parts, **uneven)
-    rows = writers.read_metrics(str(whole / "metrics.jsonl"))
+    rows = files.read_rows(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == [10, 15, 20, 30, 40, 45]
     assert timeless(parts) == timeless(whole)
     steps = [0, *(row["step"] for row in rows)]
@@ -169,7 +169,7 @@ def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, mo
         pass
 
     def save(self, step, *rest):
-        seen.extend(row["step"] for row in writers.read_metrics(str(tmp_path / "metrics.jsonl")))
+        seen.extend(row["step"] for row in files.read_rows(tmp_path / "metrics.jsonl"))
         raise Stop
 
     monkeypatch.setattr(Checkpoints, "save", save)
@@ -185,7 +185,7 @@ def rewrite(workdir, **changes):
 
 def test_metrics_have_a_row_per_window(tmp_path):
     train(tmp_path, num_steps=25, data=f"{MODULE}:data(value=0.5)")
-    rows = writers.read_metrics(str(tmp_path / "metrics.jsonl"))
+    rows = files.read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [10, 20, 25]
     for row in rows:
         assert {"loss", "grad_norm", "param_norm", "lr", "steps_per_s", "data_wait"} <= set(row)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffjax import files
-from diffjax.train.monitor.writers import METRICS_FILE, read_metrics
+from diffjax.train.monitor.writers import METRICS_FILE
 
 SUMMARY_FILE, CURVES_FILE = "summary.json", "curves.png"
 
@@ -23,10 +23,10 @@ def summarize(workdir: str, facts: Mapping[str, Any], seconds: Mapping[str, floa
     """
     from diffjax import viz
 
-    rows = [row for row in read_metrics(os.path.join(workdir, METRICS_FILE)) if "loss" in row]
+    rows = [row for row in files.read_rows(os.path.join(workdir, METRICS_FILE)) if "loss" in row]
     told = {"facts": dict(facts), "seconds": {k: round(v, 3) for k, v in seconds.items()}, **_digest(rows)}
     files.write_text(os.path.join(workdir, SUMMARY_FILE), json.dumps(told, indent=2, default=str) + "\n", tag="run")
-    if len(rows) > 1:
+    if len(rows) > 1 and told["loss"]:
         curves = viz.read_metrics(os.path.join(workdir, METRICS_FILE))
         viz.save(viz.loss_curves(curves), os.path.join(workdir, CURVES_FILE))
     return "\n".join(_lines(told, workdir))

@@ -249,18 +249,8 @@ def require_tensorboard() -> None:
         raise ModuleNotFoundError("TensorBoard files need tensorboardX: pip install 'diffjax[tensorboard]'")
 
 
-def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The rows of a metrics file in order; a last line cut short by a crash is left out."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
-    return rows
-
-
 def _drop_after(path: str, step: int) -> None:
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    kept = [row for row in files.read_rows(path) if row["step"] <= step]
     # A crash here must lose no row.
     files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept), tag="run")
 

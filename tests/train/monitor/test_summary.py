@@ -30,3 +30,5 @@ def test_a_run_without_a_row_or_a_finite_loss_has_a_summary_too(tmp_path):
     assert not (tmp_path / "curves.png").exists()
     (tmp_path / "metrics.jsonl").write_text(row(10, None))
     assert "0:01" in summarize(str(tmp_path), FACTS, {"total": 1.0})
+    (tmp_path / "metrics.jsonl").write_text(row(10, None) + row(20, None))
+    assert "0:01" in summarize(str(tmp_path), FACTS, {"total": 1.0}) and not (tmp_path / "curves.png").exists()

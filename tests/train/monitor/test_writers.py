@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from diffjax import files
 from diffjax.train.monitor import writers
 
 
@@ -38,7 +39,7 @@ def test_a_resumed_file_reads_like_an_uninterrupted_one(tmp_path):
     writer.write_scalars(30, {"loss": 4.0})
     writer.close()
     assert [(r["step"], r["loss"]) for r in rows(path)] == [(10, 1.0), (20, 2.0), (30, 4.0)]
-    assert writers.read_metrics(str(path)) == rows(path)
+    assert files.read_rows(path) == rows(path)
 
 
 def test_terminal_draws_a_bar_with_rate_and_values_on_a_terminal():
