@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class Unreadable(OSError):
     """One item cannot be read: `Unreadable(name, reason)`. The pipeline replaces the item and counts it."""
@@ -20,6 +22,12 @@ class UnreadableError(OSError):
 
 class WorkerError(OSError):
     """A process that reads data ended without being asked to."""
+
+
+def refuse_full_table(error: Exception) -> None:
+    """Raises `OSError` if an error, met while an item was read, is too many open files: that is not about the item."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise OSError(error.errno, f"{error.strerror}; raise the limit (ulimit -n)", error.filename) from error
 
 
 def require(module: str, package: str, extra: str = ""):

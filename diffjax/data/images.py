@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from diffjax.data.errors import Unreadable, require
+from diffjax.data.errors import Unreadable, refuse_full_table, require
 from diffjax.data.sources import Dataset, Pixels
 
 PIXELS = Pixels(255)
@@ -145,6 +145,7 @@ class ImageSource:
             if self.num_classes and not 0 <= label < self.num_classes:
                 raise ValueError(f"label {label}; expected 0 .. {self.num_classes - 1}")
         except Exception as error:
+            refuse_full_table(error)
             # Broken files raise a dozen kinds of exception; the pipeline counts all of them.
             reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
             raise Unreadable(self.name(index), reason) from error
@@ -282,7 +283,8 @@ def bucketed(reader: Reader, positions: np.ndarray, shapes) -> tuple[np.ndarray,
     def ratio(position):
         try:
             width, height = measure(reader[int(position)].image)
-        except Exception:
+        except Exception as error:
+            refuse_full_table(error)
             return 0.0  # It is counted when it is read.
         return np.log(width / height)
 
@@ -316,8 +318,8 @@ def _size(size, reader) -> tuple[int, int]:
         for index in range(min(len(reader), 100)):
             try:
                 return measure(reader[index].image)[::-1]
-            except Exception:
-                continue
+            except Exception as error:
+                refuse_full_table(error)
         raise ValueError(f"the first images, such as {reader.name(0)}, cannot be read; give size=64 or so")
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
