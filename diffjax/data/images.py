@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,7 +16,10 @@ from diffjax.data.sources import Dataset, Pixels
 
 PIXELS = Pixels(255)
 CROPS = ("center", "random", "none")
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+# How much of an image file to read at once where its header alone is wanted.
+HEADER = 1024
+_ORIENTATION, _TURNED, _STORED = 0x0112, (5, 6, 7, 8), (0x0100, 0x0101)
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Record(NamedTuple):
@@ -31,7 +35,11 @@ class Record(NamedTuple):
 
 
 class Reader(Protocol):
-    """Random access to records. It may also have `labels` (`[N]` integers known without reading) and `captions`."""
+    """Random access to records.
+
+    It may also have `labels` (`[N]` integers known without reading), `captions`, and `open(index)`: the image of a
+    record as a binary file, of which buckets read the header alone.
+    """
 
     def __len__(self) -> int:
         """How many records there are."""
@@ -282,7 +290,7 @@ def bucketed(reader: Reader, positions: np.ndarray, shapes) -> tuple[np.ndarray,
 
     def ratio(position):
         try:
-            width, height = measure(reader[int(position)].image)
+            width, height = shown_size(reader, int(position))
         except Exception as error:
             refuse_full_table(error)
             return 0.0  # It is counted when it is read.
@@ -298,15 +306,43 @@ def bucketed(reader: Reader, positions: np.ndarray, shapes) -> tuple[np.ndarray,
     return np.array([place[int(g)] for g in nearest], np.int32), tuple(shapes[g] for g in used)
 
 
-def measure(image: bytes | np.ndarray) -> tuple[int, int]:
-    """`(width, height)` of an image as it is shown, from its header."""
+def shown_size(reader: Reader, index: int) -> tuple[int, int]:
+    """`(width, height)` of the image of a record as it is shown, from its header alone where the reader opens it."""
+    if not hasattr(reader, "open"):
+        return measure(reader[index].image)
+    with reader.open(index) as file:
+        return measure(file)
+
+
+def measure(image: bytes | np.ndarray | BinaryIO) -> tuple[int, int]:
+    """`(width, height)` of an image as it is shown, from its header; of WebP Pillow reads the whole file."""
     from PIL import Image
 
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
-    with Image.open(io.BytesIO(image)) as opened:
-        turned = opened.getexif().get(_ORIENTATION) in _TURNED
-        return opened.size[::-1] if turned else opened.size
+    file = io.BytesIO(image) if isinstance(image, bytes) else image
+    with Image.open(_without_pixels(file)) as opened:
+        # In place of the format's own, which for PNG decodes the image in search of what lies behind the pixels.
+        turned = Image.Image.getexif(opened).get(_ORIENTATION) in _TURNED
+        # The size that Pillow gives of a TIFF is turned already.
+        size = tuple(opened.tag_v2[tag] for tag in _STORED) if opened.format == "TIFF" else opened.size
+        return size[::-1] if turned else size
+
+
+def _without_pixels(file: BinaryIO) -> BinaryIO:
+    """A PNG file with nothing in place of its pixels, and what lay behind them before them; any other file itself."""
+    if file.read(len(_PNG)) != _PNG:
+        file.seek(0)
+        return file
+    kept = [_PNG]
+    while len(head := file.read(8)) == 8 and not head.endswith(b"IEND"):
+        length = int.from_bytes(head[:4], "big") + 4  # and its checksum
+        # Those of an animation have frames of their own.
+        if head[4:] in (b"IDAT", b"acTL", b"fcTL", b"fdAT"):
+            file.seek(length, io.SEEK_CUR)
+        else:
+            kept += [head, file.read(length)]
+    return io.BytesIO(b"".join([*kept, b"\0\0\0\0IDAT", zlib.crc32(b"IDAT").to_bytes(4, "big")]))
 
 
 def _squeezed(pixels: np.ndarray) -> np.ndarray:
@@ -317,7 +353,7 @@ def _size(size, reader) -> tuple[int, int]:
     if size is None:
         for index in range(min(len(reader), 100)):
             try:
-                return measure(reader[index].image)[::-1]
+                return shown_size(reader, index)[::-1]
             except Exception as error:
                 refuse_full_table(error)
         raise ValueError(f"the first images, such as {reader.name(0)}, cannot be read; give size=64 or so")

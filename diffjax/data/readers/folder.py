@@ -8,9 +8,9 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from diffjax.data.images import Record, image_dataset
+from diffjax.data.images import HEADER, Record, image_dataset
 from diffjax.data.sources import Dataset
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -37,6 +37,10 @@ class FolderReader:
     def __getitem__(self, index: int) -> Record:
         with open(self.root / self.files[index], "rb") as file:
             return Record(file.read(), 0 if self.labels is None else self.labels[index])
+
+    def open(self, index: int) -> BinaryIO:
+        """The image file."""
+        return open(self.root / self.files[index], "rb", buffering=HEADER)
 
     def name(self, index: int) -> str:
         """The path of the file."""

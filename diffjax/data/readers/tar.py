@@ -4,16 +4,17 @@ dot, read at random by offset."""
 from __future__ import annotations
 
 import glob
+import io
 import json
 import logging
 import os
 import tarfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from diffjax.data.images import Record, image_dataset
+from diffjax.data.images import HEADER, Record, image_dataset
 from diffjax.data.sources import Dataset
 from diffjax.files import write_text
 
@@ -52,8 +53,14 @@ class TarReader:
 
     def __getitem__(self, index: int) -> Record:
         members = self.items[index][2]
-        extension = next(e for e in IMAGES if e in members)
-        return Record(self.read(index, extension), 0 if self.labels is None else self.labels[index])
+        return Record(self.read(index, image_in(members)), 0 if self.labels is None else self.labels[index])
+
+    def open(self, index: int) -> BinaryIO:
+        """The image as a file."""
+        shard, _, members = self.items[index]
+        offset, size = members[image_in(members)]
+        read = lambda n, at: self._files.read(self.shards[shard], n, offset + at)
+        return io.BufferedReader(Member(read, size), HEADER)
 
     def read(self, index: int, extension: str) -> bytes:
         """The bytes of one member of an item.
@@ -91,6 +98,29 @@ class TarTexts(Sequence):
 
     def __getitem__(self, index):
         return self._reader._caption(index) or ""
+
+
+class Member(io.RawIOBase):
+    """A part of a file as a file of its own: `size` bytes of which `read(n, at)` reads some."""
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int):
+        self._read, self._size, self._at = read, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        found = self._read(max(min(len(buffer), self._size - self._at), 0), self._at)
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 class OpenFiles:
@@ -263,6 +293,11 @@ def labels_of(shard: str, items: list) -> list[int | None]:
             except ValueError as error:
                 raise ValueError(f"{shard}:{key}: {error}") from None
     return found
+
+
+def image_in(members: Mapping) -> str:
+    """The extension of an item's image."""
+    return next(e for e in IMAGES if e in members)
 
 
 def label_in(text: bytes, kind: str | None) -> int | None:
