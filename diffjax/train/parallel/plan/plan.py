@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,8 +84,7 @@ def plan(config: ConfigDict, mesh: str, *, sharding: str | None = None) -> Plan:
       sharding: "data", "fsdp" or "rules"; None for the config's own.
 
     Raises:
-      ConfigError: for a mesh or a config that cannot run.
-      RuntimeError: if the compilation fails; the message ends with what it said.
+      ConfigError: for a mesh or a config that cannot run, or that cannot be compiled here; the message says why.
     """
     from diffjax.train.parallel.sharding import parse_mesh
 
@@ -110,8 +111,8 @@ def plan(config: ConfigDict, mesh: str, *, sharding: str | None = None) -> Plan:
         try:
             answer = json.loads(done.stdout.splitlines()[-1])
         except (IndexError, ValueError):
-            tail = " ".join(done.stderr.split()[-60:])
-            raise RuntimeError(f"compiling for {devices} devices failed ({done.returncode}): {tail}") from None
+            why = _why(done.returncode, done.stderr)
+            raise ConfigError(f"--mesh={mesh}: the step cannot be compiled for {devices} devices: {why}") from None
     if "error" in answer:
         raise ConfigError(answer["error"])
     return Plan(**answer | {"flops": Flops(*answer["flops"])} | {"collectives": _rows(answer)})
@@ -121,6 +122,19 @@ def _rows(answer) -> tuple[Collective, ...]:
     return tuple(Collective(*row) for row in answer["collectives"])
 
 
+def _why(code: int, stderr: str) -> str:
+    """Why the process that compiles gave no answer: the signal that ended it, else the error that it ended with."""
+    if code < 0:
+        return (
+            f"the process that compiles was ended by {signal.Signals(-code).name}, as where memory runs out; plan on "
+            "a machine with more, or for fewer devices"
+        )
+    _, frame, rest = stderr.rpartition('\n  File "')
+    # After the last frame, its line of code and the marks below that comes the error.
+    words = re.sub(r"\A.*(\n[ \t].*)*\n", "", rest).split()[:60] if frame else stderr.split()[-60:]
+    return " ".join(words) or f"exit code {code}, and no message"
+
+
 def _environment(folder: str, devices: int) -> dict[str, str]:
     flags = _FLAGS.format(folder=folder, devices=devices)
     # A user's own modules, named in the config, are found from where this process finds them.
@@ -128,5 +142,7 @@ def _environment(folder: str, devices: int) -> dict[str, str]:
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
+        # Else notes of JAX about its frames follow the text of an error.
+        "JAX_TRACEBACK_FILTERING": "off",
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
     }

@@ -55,6 +55,39 @@ def test_split_parameters_are_gathered_and_their_gradients_scattered():
     assert total(found, "all-reduce", 2) == pytest.approx(scattered / 4, rel=1e-2)
 
 
+ERROR = "raise RuntimeError('my own mistake\\nnote: of two lines')"
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (ERROR, "RuntimeError: my own mistake note: of two lines$"),
+        (KILLED, "the process that compiles was ended by SIGKILL, as where memory runs out"),
+        ("sys.stderr.close(); os._exit(3)", "exit code 3, and no message$"),
+    ],
+)
+def test_a_step_that_cannot_be_compiled_is_an_error_for_its_user(tmp_path, monkeypatch, body, message):
+    # The network as such is sound, so that the checks of the config let it pass.
+    code = f"""
+import os, signal, sys, traceback
+import jax.numpy as jnp
+from diffjax.core import Model
+
+def net(*, shape, num_classes):
+    def apply(params, x, t, y, key=None):
+        if any(frame.name == "lower_step" for frame in traceback.extract_stack()):
+            {body}
+        return x + params["b"]
+
+    return Model(lambda key: {{"b": jnp.zeros(shape)}}, apply, {{}})
+"""
+    (tmp_path / "net_of_test_plan.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"--mesh=data=2: the step cannot be compiled for 2 devices: {message}"):
+        plan(given(model=dict(name="net_of_test_plan:net")), "data=2")
+
+
 def test_a_block_that_is_computed_again_keeps_its_input():
     per_row, fixed = kept_activations(*prepare(given()))
     assert 0 <= fixed < BLOCKS + REST
