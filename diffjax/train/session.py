@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from diffjax.data import batches
 from diffjax.train import config as configs
 from diffjax.train.checkpoint import open_checkpoints
+from diffjax.train.checkpoint.params import CHECKPOINTS
 from diffjax.train.monitor import writers
 from diffjax.train.optim import snapshots
 from diffjax.train.parallel import processes, sharding
@@ -22,7 +23,7 @@ from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parallel.peers import Watch
 from diffjax.train.parts import Parts
 from diffjax.train.setup import compile_step, first_state
-from diffjax.train.state import CHECKPOINTS, TrainState, abstract_state
+from diffjax.train.state import TrainState, abstract_state
 from diffjax.train.survival import history, saving
 
 

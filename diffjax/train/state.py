@@ -13,14 +13,12 @@ from ml_collections import ConfigDict
 from diffjax import registry
 from diffjax.core.types import Head, Model
 from diffjax.train import paths
+from diffjax.train.checkpoint.params import CHECKPOINTS, RAW
 from diffjax.train.errors import ConfigError
 from diffjax.train.objectives import trained_schedule
 from diffjax.train.optim import schedule_free, snapshots
 from diffjax.train.parts import Parts, assemble
 from diffjax.train.survival.workdir import read_config
-
-CHECKPOINTS = "checkpoints"
-RAW = "raw"
 
 
 class TrainState(NamedTuple):

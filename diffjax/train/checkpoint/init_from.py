@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from diffjax import files
 from diffjax.train import paths
+from diffjax.train.checkpoint.params import CHECKPOINTS, RAW
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel import processes
 from diffjax.train.parts import Parts
-from diffjax.train.state import CHECKPOINTS, RAW, TrainState, abstract_state, choose_ema, init_params, start_state
+from diffjax.train.state import TrainState, abstract_state, choose_ema, init_params, start_state
 from diffjax.train.survival.workdir import CONFIG_FILE, read_config
 
 WEIGHTS = "params.safetensors"
@@ -153,16 +154,16 @@ def open_source(config: ConfigDict) -> dict[str, Leaf]:
             f"config.init_ema is {config.init_ema!r}, but {config.init_from!r} is no workdir and has no averages: "
             "leave it empty"
         )
-    files = {kind: sorted(folder.glob(f"*.{kind}")) for kind in ("safetensors", "npz")}
-    kinds = [kind for kind, found in files.items() if found]
+    by_kind = {kind: sorted(folder.glob(f"*.{kind}")) for kind in ("safetensors", "npz")}
+    kinds = [kind for kind, found in by_kind.items() if found]
     if len(kinds) != 1:
         has = "both .safetensors and .npz files" if kinds else "no run, and no .safetensors or .npz file"
         raise ConfigError(f"config.init_from: {config.init_from!r} holds {has}; one kind is read, all files of it")
-    sizes = {file.name: file.stat().st_size for file in files[kinds[0]]}
+    sizes = {file.name: file.stat().st_size for file in by_kind[kinds[0]]}
     processes.agree("parameters of config.init_from", sizes, "it must be one folder that all of them see")
     reader = {"safetensors": of_safetensors, "npz": of_npz}[kinds[0]]
     leaves: dict[str, Leaf] = {}
-    for file in files[kinds[0]]:
+    for file in by_kind[kinds[0]]:
         try:
             found = reader(file)
         except Exception as error:  # safetensors raises a type of its own, zipfile others

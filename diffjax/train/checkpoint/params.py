@@ -7,7 +7,8 @@ from pathlib import Path
 from diffjax.train.checkpoint.errors import CheckpointError
 from diffjax.train.checkpoint.folder import open_checkpoints
 
-FOLDER, RAW = "checkpoints", "raw"
+# The folder of a run's checkpoints in its workdir, and what the parameters as trained are called among the averages.
+CHECKPOINTS, RAW = "checkpoints", "raw"
 
 
 def read_params(workdir: str | Path, which: str = RAW, step: int | None = None) -> tuple[int, dict]:
@@ -23,7 +24,7 @@ def read_params(workdir: str | Path, which: str = RAW, step: int | None = None) 
       ValueError: if the run keeps no such average; lists what is there.
     """
     folder = Path(workdir)
-    folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+    folder = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
     found = open_checkpoints(folder).restore_part("params" if which == RAW else f"ema/{which}", step)
     if found is None:
         raise CheckpointError(f"{str(workdir)!r} holds no checkpoint; give the folder of a run that has saved one")
