@@ -6,7 +6,7 @@ r"""Diffusion on a folder of images of your own: EDM with a small U-Net.
 `path` holds image files, all alike or one folder for each class (`cats/a.jpg`, `dogs/b.png`); docs/data.md says what
 else it may hold. Images are resized and cropped to `size` x `size` pixels, a multiple of 8, and mirrored at random.
 
-Other settings after the colon: `:steps=8000`, `:batch=64`, `:width=64` (channels of the network), `:flip=False` (where
+Other settings after the colon: `:steps=8000` (default 3000), `:batch=64`, `:width=64` (channels), `:flip=False` (where
 left and right differ, as in text), `:grey` (one channel), `:seed=1`, and `:smoke` (a minute, most of it compilation; no
 quality).
 

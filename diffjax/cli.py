@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except Exception as error:
-        if debug or not isinstance(error, expected_errors()):
+    except (Exception, KeyboardInterrupt) as error:
+        if debug or not isinstance(error, (*expected_errors(), KeyboardInterrupt)):
             raise
         code, text = describe(error)
         sys.stderr.write(f"diffjax: {text}\n")

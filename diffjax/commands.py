@@ -40,9 +40,10 @@ class Command(NamedTuple):
 
 def describe(error: BaseException) -> tuple[int, str]:
     """Exit code and text of an error: one line for an expected one, else its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, str(error) or "interrupted"
     if not isinstance(error, expected_errors()):
-        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else FAILURE
-        return code, "".join(traceback.format_exception(error))
+        return FAILURE, "".join(traceback.format_exception(error))
     return USAGE_ERROR if isinstance(error, ValueError) else FAILURE, " ".join(str(error).split())
 
 
@@ -211,7 +212,10 @@ def sample_many(arguments, options: dict) -> int:
     if "part" not in options:
         options["part"] = place(os.environ, **_cluster_flags(arguments))
     set_up()
-    sample_many(arguments.workdir, arguments.num, **options)
+    try:
+        sample_many(arguments.workdir, arguments.num, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; finished shards are kept, and the same command goes on") from None
     return 0
 
 

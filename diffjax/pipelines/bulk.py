@@ -114,6 +114,8 @@ def sample_many(
         "settings": plain(chosen), "data": run.config.data, "step": int(run.step),
         "ema": run.ema, "params_sha256": digest(run.params),
     }  # fmt: skip
+    # First, as it refuses settings that cannot be drawn with.
+    draw = compile_on_devices(run, chosen, batch_size, devices)
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, index)
     with locked(folder, part):
@@ -121,7 +123,7 @@ def sample_many(
         sizes = {number: len(seeds_of(index, number)) for number in mine}
         left = [number for number in mine if not finished(folder, index, number)]
         total, missing = sum(sizes.values()), sum(sizes[number] for number in left)
-        seconds = draw_shards(run, chosen, folder, index, left, part=part, devices=devices, total=total)
+        seconds = draw_shards(run, draw, folder, index, left, part=part, total=total)
     complete = all(shard_path(folder, index, number).exists() for number in range(index["shards"]))
     if complete and not (folder / PREVIEW).exists():
         write_preview(folder, index, run, chosen)
@@ -174,11 +176,15 @@ def claim(folder: Path, index: dict) -> None:
         files.write_text(path, json.dumps(index, indent=1, allow_nan=False) + "\n")
     # Read again: of two processes that start at once, the later one has written it.
     there = read_index(folder)
-    differ = [f"{key}: {there.get(key)!r} -> {value!r}" for key, value in index.items() if there.get(key) != value]
+    differ = [key for key, value in index.items() if there.get(key) != value]
     if differ:
+        # Other parameters follow from another step, and nobody can give their sum.
+        shown = [key for key in differ if key != "params_sha256" or len(differ) == 1]
+        changes = "; ".join(f"{key}: {there.get(key)!r} -> {index[key]!r}" for key in shown)
+        step = f" (--step={there.get('step')} for those of that step)" if "step" in differ else ""
         raise ValueError(
-            f"{os.fspath(folder)!r} holds samples that were drawn otherwise (stored -> given): {'; '.join(differ)}; "
-            "give the stored values to go on with them, or another --out"
+            f"{os.fspath(folder)!r} holds samples that were drawn otherwise (stored -> given): {changes}; give the "
+            f"stored values{step} to go on with them, or another --out"
         )
 
 
@@ -234,13 +240,13 @@ def finished(folder: Path, index: dict, number: int) -> bool:
         return False
 
 
-def draw_shards(run, settings: Settings, folder: Path, index: dict, left: list[int], *, part, devices, total) -> float:
-    """Draws and writes the shards `left`, with a progress bar over the `total` samples of this process; seconds."""
+def draw_shards(run, draw: Callable, folder: Path, index: dict, left: list[int], *, part, total) -> float:
+    """Draws with `compile_on_devices(...)` and writes the shards `left`, with a progress bar over the `total` samples
+    of this process; seconds."""
     for stale in folder.glob(f"*.{part[0]}-of-{part[1]}.part"):
         stale.unlink()
     if not left:
         return 0.0
-    draw = compile_on_devices(run, settings, index["batch_size"], devices)
     missing = sum(len(seeds_of(index, number)) for number in left)
     begun = time.perf_counter()
     with tqdm(desc="sampling", unit="sample", total=total, initial=total - missing, disable=None, leave=False) as bar:

@@ -85,7 +85,11 @@ def evaluate(
     from diffjax.train.state import load_run
 
     clock = [("start", time.perf_counter())]
-    lap = lambda name: clock.append((name, time.perf_counter()))
+
+    def lap(name):
+        clock.append((name, time.perf_counter()))
+        sys.stderr.write(f"{name}: {clock[-1][1] - clock[-2][1]:.1f} s\n")
+
     run = load_run(os.fspath(workdir), ema=ema, step=step)
     settings = settings_for(run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval)
     num = run.config.eval.num_samples if num_samples is None else num_samples

@@ -26,7 +26,16 @@ from diffjax.train.optim import evaluation_params, snapshots
 from diffjax.train.parallel import processes
 from diffjax.train.parallel.peers import Watch
 from diffjax.train.parts import prepare
-from diffjax.train.session import Session, contents, last_step, note, open_session, with_programs, with_writers
+from diffjax.train.session import (
+    Session,
+    contents,
+    last_step,
+    note,
+    open_session,
+    opening,
+    with_programs,
+    with_writers,
+)
 from diffjax.train.state import TrainState
 from diffjax.train.survival import guard, history, recovery, saving
 from diffjax.train.survival.workdir import locked, note_changes, refuse_changes, write_config
@@ -103,6 +112,7 @@ def train(
             for text in changed:
                 note(session, step, text)
             write_config(workdir, config)
+        note(session, step, opening(config, parts))
         session = with_programs(session, step, state, preview)
         return recovery.persist(functools.partial(run, asked=asked), session, step, state)
 

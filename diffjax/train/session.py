@@ -130,6 +130,17 @@ def note(session: Session, step: int, text: str) -> None:
     session.terminal.write_texts(step, {"note": text})
 
 
+def opening(config: ConfigDict, parts: Parts) -> str:
+    """One line on what a run is about to train on, for its first look: a wrong folder shows here."""
+    dataset = parts.dataset
+    shapes = " or ".join("x".join(map(str, shape)) for shape in dataset.shapes)
+    classes = f"{dataset.num_classes} classes" if dataset.num_classes else "no classes"
+    return (
+        f"{len(dataset.train)} images of {shapes} to train on, {len(dataset.heldout)} held out, {classes}; "
+        f"{last_step(config)} steps of {config.batch_size}"
+    )
+
+
 def last_step(config: ConfigDict) -> int:
     """The step to train to: `num_steps`, or `stop_at` if that is set and earlier."""
     return min(config.num_steps, config.stop_at or config.num_steps)

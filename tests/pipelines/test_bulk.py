@@ -152,7 +152,7 @@ def test_other_settings_are_refused_with_every_difference(workdir, whole):
         bulk.sample_many(workdir, 60, out=whole, **QUICK | dict(steps=4), labels="random")
     for words in ("num: 70 -> 60", "labels: 'balanced' -> 'random'", "'steps': 4", "another --out"):
         assert words in str(error.value)
-    with pytest.raises(ValueError, match="params_sha256"):
+    with pytest.raises(ValueError, match=r"\(stored -> given\): ema: 'decay\(0.5\)' -> 'raw'; give"):
         bulk.sample_many(workdir, 70, out=whole, ema="raw", **QUICK)
     with bulk.locked(whole, (0, 1)), pytest.raises(WorkdirError, match="part 0/1"):
         bulk.sample_many(workdir, 70, out=whole, **QUICK)
@@ -163,13 +163,21 @@ def test_other_settings_are_refused_with_every_difference(workdir, whole):
     [
         (dict(num=0), "num=0"), (dict(seed=-1), "seeds from -1"), (dict(seed=2**32 - 5), "2\\*\\*32"),
         (dict(part=(2, 2)), "part=2/2"), (dict(labels="even"), "known: balanced, random"),
-        (dict(shard_size=0), "shard_size=0"), (dict(classes=(10,)), "classes"),
+        (dict(shard_size=0), "shard_size=0"), (dict(classes=(10,)), "classes"), (dict(solver="heunn()"), "heun"),
+        (dict(steps=-3), "-3"),
     ],
 )  # fmt: skip
 def test_what_names_no_samples_is_refused(workdir, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         bulk.sample_many(workdir, **dict(num=70, out=tmp_path / "x") | changes)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_trained_on_says_how_its_former_samples_are_continued(tmp_path):
+    index = {"num": 4, "step": 2, "params_sha256": "a"}
+    bulk.claim(tmp_path, index)
+    with pytest.raises(ValueError, match=r"step: 2 -> 3; give the stored values \(--step=2 for those of that step\)"):
+        bulk.claim(tmp_path, index | {"step": 3, "params_sha256": "b"})
 
 
 EIGHT = """
