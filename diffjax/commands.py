@@ -86,10 +86,11 @@ def given_config(arguments, overrides):
 
 
 def run_settings(workdir: str, overrides: dict[str, str], groups: Sequence[str]) -> dict:
-    """The values that `--config.GROUP.KEY=VALUE` overrides give to settings of a trained run, by last part of the key.
+    """The values that `--config.GROUP.KEY=VALUE` and `--config.data=VALUE`, for data that were moved, give to settings
+    of a trained run, by last part of the key.
 
     Raises:
-      UsageError: for a key outside the groups: the rest of a trained run's config is what its parameters mean.
+      UsageError: for another key: the rest of a trained run's config is what its parameters mean.
     """
     if not overrides:
         return {}
@@ -98,9 +99,12 @@ def run_settings(workdir: str, overrides: dict[str, str], groups: Sequence[str])
 
     config, values = read_config(workdir), {}
     for key, text in overrides.items():
-        if key.split(".")[0] not in groups:
-            allowed = " and ".join(f"config.{group}.*" for group in groups)
-            raise UsageError(f"--config.{key}: the run is trained already; only {allowed} can be changed here")
+        if key.split(".")[0] not in (*groups, "data"):
+            allowed = ", ".join(f"config.{group}.*" for group in groups)
+            raise UsageError(
+                f"--config.{key}: the run is trained already; only {allowed} and config.data, where the same data lie "
+                "now, can be changed here"
+            )
         configs.override(config, key, text)
     filled = configs.flat(configs.fill(config))
     for key in overrides:
@@ -160,7 +164,7 @@ def evaluate(arguments, overrides) -> int:
     names = ("ema", "step", "num_samples", "seeds", "seed", "solver", "steps", "spacing", "guidance", "interval", "out")
     options = run_settings(workdir, overrides, ("sample", "eval")) | _given(arguments, *names)
     if arguments.samples:
-        others = [f"--{name}" for name in options if name != "out"] + ["--quick"] * arguments.quick
+        others = [f"--{name}" for name in options if name not in ("out", "data")] + ["--quick"] * arguments.quick
         if others:
             raise UsageError(f"eval: --samples=DIR judges what is there, so {others[0]} has no meaning beside it")
     else:

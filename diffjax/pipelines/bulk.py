@@ -70,6 +70,7 @@ def sample_many(
     out: str | os.PathLike | None = None,
     ema: str | None = None,
     step: int | str | None = None,
+    data: str | None = None,
     **settings,
 ) -> Bulk:
     """Draws `num` samples from the run in `workdir` into `samples_00000-of-00050.npz` and so on.
@@ -95,6 +96,7 @@ def sample_many(
       out: folder; default `workdir/samples-NUM`.
       ema: which average of the parameters; default the run's first.
       step: which checkpoint, a number or `"best"`; default the newest.
+      data: the same data where they lie now, if the run's config no longer finds them.
       **settings: `solver`, `steps`, `spacing`, `guidance` and `interval`, as in `Settings`.
 
     Raises:
@@ -105,7 +107,7 @@ def sample_many(
     from diffjax.train.state import load_run
 
     check_numbers(num, seed, shard_size, batch_size, part, labels)
-    run = load_run(os.fspath(workdir), ema=ema, step=step)
+    run = load_run(os.fspath(workdir), ema=ema, step=step, data=data)
     chosen = settings_for(run, **settings)
     folder = Path(out) if out is not None else Path(workdir) / f"samples-{num}"
     index = {

@@ -59,6 +59,7 @@ def evaluate(
     ema: str | None = None,
     step: int | str | None = None,
     out: str | os.PathLike | None = None,
+    data: str | None = None,
 ) -> dict:
     """Evaluates the run in `workdir`, shows one table on stdout and writes the rest; the report comes back.
 
@@ -77,6 +78,7 @@ def evaluate(
       ema: which average of the parameters.
       step: which checkpoint, a number or `"best"`.
       out: folder in place of `workdir/eval`.
+      data: the same data where they lie now, if the run's config no longer finds them.
 
     Raises:
       ValueError: for too few samples, seeds or samples in a call, or wrong settings.
@@ -90,7 +92,7 @@ def evaluate(
         clock.append((name, time.perf_counter()))
         sys.stderr.write(f"{name}: {clock[-1][1] - clock[-2][1]:.1f} s\n")
 
-    run = load_run(os.fspath(workdir), ema=ema, step=step)
+    run = load_run(os.fspath(workdir), ema=ema, step=step, data=data)
     settings = settings_for(run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval)
     num = run.config.eval.num_samples if num_samples is None else num_samples
     repeats = run.config.eval.seeds if seeds is None else seeds
@@ -126,12 +128,16 @@ def evaluate(
 
 
 def evaluate_samples(
-    workdir: str | os.PathLike, samples: str | os.PathLike, *, out: str | os.PathLike | None = None
+    workdir: str | os.PathLike,
+    samples: str | os.PathLike,
+    *,
+    out: str | os.PathLike | None = None,
+    data: str | None = None,
 ) -> dict:
     """Judges the samples in the folder of `diffjax sample --num`, drawn from any checkpoint of the run in `workdir`.
 
     As `evaluate` without drawing: `report.json`, `grid.png` and `neighbours.png` go into `samples/eval`. Of more than
-    `MANY` samples only Frechet distances and accuracy are taken; the rest compares every pair.
+    `MANY` samples only Frechet distances and accuracy are taken; the rest compares every pair. `data` as in `evaluate`.
 
     Raises:
       ValueError: if shards are missing or damaged, or of other data.
@@ -139,7 +145,7 @@ def evaluate_samples(
     from diffjax.pipelines.bulk import read_samples
     from diffjax.train.state import load_run
 
-    begun, run = time.perf_counter(), load_run(os.fspath(workdir))
+    begun, run = time.perf_counter(), load_run(os.fspath(workdir), data=data)
     drawn, index = read_samples(samples, run)
     folder = Path(out) if out is not None else Path(samples) / "eval"
     folder.mkdir(parents=True, exist_ok=True)

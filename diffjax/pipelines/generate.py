@@ -57,6 +57,7 @@ def generate(
     step: int | str | None = None,
     batch_size: int = 128,
     out: str | os.PathLike | None = None,
+    data: str | None = None,
 ) -> Samples:
     """Draws one sample of every class for every seed from the run in `workdir`, as an npz and a picture; returns them.
 
@@ -71,6 +72,7 @@ def generate(
       step: which checkpoint, a number or `"best"`; default the newest.
       batch_size: samples in one call.
       out: a folder, or a `.png` or `.npz` file whose twin is written beside it; default `workdir/samples`.
+      data: the same data where they lie now, if the run's config no longer finds them.
 
     Raises:
       ValueError: for a class that the data does not have, no seed, or wrong settings.
@@ -78,7 +80,7 @@ def generate(
     """
     from diffjax.train.state import load_run
 
-    run = load_run(os.fspath(workdir), ema=ema, step=step)
+    run = load_run(os.fspath(workdir), ema=ema, step=step, data=data)
     settings = settings_for(
         run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
     )

@@ -88,7 +88,9 @@ def abstract_state(parts: Parts) -> TrainState:
     return jax.eval_shape(lambda: init_state(parts, jax.random.key(0)))
 
 
-def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = None) -> Run:
+def load_run(
+    workdir: str, *, ema: str | None = None, step: int | str | None = None, data: str | None = None
+) -> Run:
     """Opens a run for inference.
 
     Args:
@@ -100,6 +102,7 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
       step: which checkpoint; default the newest readable one. `"best"` is the one with the lowest mean training loss
         since the checkpoint before it, of the raw parameters as they were trained: not of the average, nor on held-out
         data.
+      data: the same data where they lie now, if `config.data` no longer finds them.
 
     Raises:
       ConfigError: if there is no run, no such average or no such checkpoint.
@@ -107,6 +110,7 @@ def load_run(workdir: str, *, ema: str | None = None, step: int | str | None = N
     from diffjax.train.checkpoint import open_checkpoints
 
     config = read_config(workdir)
+    config.data = data or config.data
     chosen = choose_ema(config, ema)
     parts = assemble(config)
     run = Run(config, parts.dataset, parts.model, {}, parts.schedule, parts.head, 0, chosen)

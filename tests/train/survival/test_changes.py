@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from diffjax.commands import UsageError, run_settings
 from diffjax.train import loop
 from diffjax.train.checkpoint import CheckpointError, open_checkpoints, read_params
 from diffjax.train.errors import ConfigError
+from diffjax.train.state import load_run
 from diffjax.train.survival.workdir import read_config
 
 SETTINGS = dict(
@@ -62,6 +64,19 @@ def test_data_that_grew_is_refused_then_allowed(tmp_path):
     [row] = map(json.loads, (tmp_path / "run" / "config_history.jsonl").read_text().splitlines())
     assert "images to train on: 36 -> 45" in row["changes"][-1] and row["changes"][-1] in text
     assert open_checkpoints(tmp_path / "run" / "checkpoints").info(4)["iterator"] == {"next_index": 4, "items": 45}
+
+
+def test_a_run_is_opened_where_its_data_lie_now(tmp_path):
+    before, after = (f"npz(path={str(tmp_path / name)!r})" for name in ("set.npz", "moved.npz"))
+    np.savez(tmp_path / "set.npz", image=np.zeros((40, 4, 4, 1), np.uint8))
+    train(tmp_path / "run", data=before)
+    (tmp_path / "set.npz").rename(tmp_path / "moved.npz")
+    with pytest.raises(ConfigError, match="config.data: .*set.npz"):
+        load_run(str(tmp_path / "run"))
+    given = run_settings(str(tmp_path / "run"), {"data": after}, ("sample",))
+    assert load_run(str(tmp_path / "run"), **given).dataset.shape == (4, 4, 1)
+    with pytest.raises(UsageError, match="only config.sample.* and config.data, where the same data lie now"):
+        run_settings(str(tmp_path / "run"), {"seed": "1"}, ("sample",))
 
 
 def test_the_parameters_of_a_run_alone(tmp_path):
