@@ -133,7 +133,7 @@ def test_train_resumes_refuses_and_reports(capsys, tmp_path):
     code, _, err = run(capsys, "train", *TINY, workdir, "--config.optim.lr=0.5")
     assert code == 2 and "optim.lr: 0.002 -> 0.5" in err
     code, _, err = run(capsys, "sample", workdir, "--config.optim.lr=0.5")
-    assert code == 2 and "only config.sample.* can be changed here" in err
+    assert code == 2 and "only config.sample.* and config.data" in err
 
 
 @pytest.fixture(scope="module")
