@@ -110,6 +110,15 @@ def measure(name, windows):
     }
 
 
+def about(command):
+    """What a report says of where it was made."""
+    return {
+        "command": command,
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "diffjax": dj.__version__},
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=tuple(WINDOWS))
@@ -123,12 +132,7 @@ def main():
     for name in arguments.networks:
         rows[name] = measure(name, 4 if arguments.smoke else WINDOWS[name])
         print(name, json.dumps(rows[name]), flush=True)
-    report = {
-        "command": "python benchmarks/trainer_overhead.py",
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "diffjax": dj.__version__},
-        "networks": rows,
-    }
+    report = about("python benchmarks/trainer_overhead.py") | {"networks": rows}
     if not arguments.smoke:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -24,7 +24,8 @@ from diffjax import registry
 from diffjax.train.errors import ConfigError
 
 # What a stored run and the config of a resumed run may differ in: nothing that the next update depends on, apart from
-# the learning rate schedule, which is laid out over `num_steps`, and the order of sums over devices.
+# the learning rate schedule, which is laid out over `num_steps`, the order of sums over devices, and, as
+# docs/parallel.md tells, which masks of dropout they draw.
 RESUMABLE = (
     "num_steps", "stop_at", "log_every", "checkpoint_every", "keep", "tensorboard", "sample_every", "profile",
     "ema_snapshots", "sample", "eval", "input", "guard", "on_save_error", "mesh", "sharding", "accumulate_loop",
