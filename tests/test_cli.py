@@ -230,3 +230,12 @@ def test_python_m_diffjax_is_the_same_program(tmp_path):
     )
     assert done.returncode == 2 and done.stderr.startswith("diffjax: unknown command 'trian'")
     assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffjax.pipelines.bulk.sample_many", interrupted)
+    assert cli.main(["sample", "--workdir=runs/none", "--num=4"]) == 130
+    assert capsys.readouterr().err == "diffjax: interrupted; finished shards are kept, and the same command goes on\n"

@@ -31,8 +31,8 @@ def attend(
         raise ValueError(f"attention by cudnn needs bfloat16 or float16, here it is {q.dtype}; take 'xla'")
     if halves:
         # The name of a device, since that of the platform is "gpu" for other makers' as well.
-        nvidia = "nvidia" in jax.devices()[0].device_kind.lower()
-        implementation = implementation if nvidia else "xla"
+        if implementation == "cudnn" and "nvidia" not in jax.devices()[0].device_kind.lower():
+            implementation = "xla"
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation)
     # JAX's own takes the softmax of wider types in float32 as well, and is slower on CPU. Heads lie in front here, or
     # XLA would transpose the weights. The maximum only keeps the exponential finite, and the weights are normalised

@@ -61,6 +61,7 @@ def test_data_that_grew_is_refused_then_allowed(tmp_path):
     with pytest.raises(ValueError, match="there are 45 images to train on, and there were 36 when this run was saved"):
         train(tmp_path / "run", **settings)
     text = train(tmp_path / "run", allow=True, **settings)
+    assert "45 images of 4x4x1 to train on, 5 held out, no classes; 4 steps of 16" in text
     [row] = map(json.loads, (tmp_path / "run" / "config_history.jsonl").read_text().splitlines())
     assert "images to train on: 36 -> 45" in row["changes"][-1] and row["changes"][-1] in text
     assert open_checkpoints(tmp_path / "run" / "checkpoints").info(4)["iterator"] == {"next_index": 4, "items": 45}
