@@ -48,7 +48,7 @@ def measure(batch, remat, attention, *, steps, tiny):
     mesh = sharding.make_mesh(sharding.parse_mesh("data=1"), devices=jax.devices()[:1])
     where = sharding.state_sharding(mesh, abstract_state(parts), parts.model.rules, "data")
     start = time.perf_counter()
-    step, empty = compile_step(config, parts, mesh, where)
+    step, empty, _ = compile_step(config, parts, mesh, where)
     compile_s = time.perf_counter() - start
     state = jax.jit(lambda key: init_state(parts, key), out_shardings=where)(jax.random.key(0))
     rng = np.random.default_rng(0)

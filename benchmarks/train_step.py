@@ -109,7 +109,7 @@ class Ours:
         )
         self.output = np.asarray(self.parts.model.apply(params, *self.fixed, self.batch["label"]))
         start = time.perf_counter()
-        self.step_fn, empty = compile_step(self.config, self.parts, mesh, where)
+        self.step_fn, empty, _ = compile_step(self.config, self.parts, mesh, where)
         self.compile_s = time.perf_counter() - start
         self.state, self.window = sharding.place(state._replace(params=params), where), empty()
         self.placed = sharding.place_batch(self.batch, mesh)

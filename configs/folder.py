@@ -7,8 +7,8 @@ r"""Diffusion on a folder of images of your own: EDM with a small U-Net.
 else it may hold. Images are resized and cropped to `size` x `size` pixels, a multiple of 8, and mirrored at random.
 
 Other settings after the colon: `:steps=8000` (default 3000), `:batch=64`, `:width=64` (channels), `:flip=False` (where
-left and right differ, as in text), `:grey` (one channel), `:seed=1`, and `:smoke` (a minute, most of it compilation; no
-quality).
+left and right differ, as in text), `:grey` (one channel), `:labels=False` (folders are no classes), `:seed=1`, and
+`:smoke` (a minute, most of it compilation; no quality).
 
 Cost: with `size=24,grey,width=16,batch=16` 358 k parameters and 0.15 s of CPU time a step, half a minute or more to
 compile. Width and batch of 32 cost about eight times as much: for a GPU.
@@ -23,7 +23,8 @@ from configs.common import parse_arg
 
 
 def get_config(arg=None):
-    settings = dict(path="", size=64, steps=0, batch=32, width=32, flip=True, grey=False, seed=0, smoke=False)
+    settings = dict(path="", size=64, steps=0, batch=32, width=32, flip=True, grey=False)
+    settings |= dict(labels=True, seed=0, smoke=False)
     arg = parse_arg(arg, **settings)
     if not arg.path:
         raise ValueError("say where the images are: --config=configs/folder.py:path=FOLDER,size=64")
@@ -32,7 +33,8 @@ def get_config(arg=None):
 
     config = ConfigDict()
     config.seed = arg.seed
-    config.data = f"folder(path={arg.path!r}, size={arg.size}, flip={arg.flip}, channels={1 if arg.grey else 3})"
+    data = f"path={arg.path!r}, size={arg.size}, flip={arg.flip}, channels={1 if arg.grey else 3}"
+    config.data = f"folder({data}{'' if arg.labels else ', labels=False'})"
     config.input = ConfigDict(dict(threads=2))  # Decodes the next images while the network learns from these.
     config.batch_size = arg.batch
     config.num_steps = arg.steps or (20 if arg.smoke else 3000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -152,10 +153,25 @@ def train(arguments, overrides) -> int:
         from diffjax.train.loop import train as run
 
         set_up()
-        result = run(config, workdir, preview=preview, peers=peers, allow_changes=arguments.allow_changes)
-    if result.signal == signal.SIGTERM:
-        return RESUME
-    return 128 + result.signal if result.signal else 0
+        settings = dict(allow_changes=arguments.allow_changes, early=leave_at_once)
+        result = run(config, workdir, preview=preview, peers=peers, **settings)
+    return stopped_by(result.signal) if result.signal else 0
+
+
+def leave_at_once(number: int) -> None:
+    """Ends the process before the first step of a training: there is nothing to save, and the main thread may compile
+    for minutes yet."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    name = signal.Signals(number).name
+    text = f"\ndiffjax: {name} before the first step; nothing is lost, and the same command starts again\n"
+    os.write(2, text.encode())
+    os._exit(stopped_by(number))
+
+
+def stopped_by(number: int) -> int:
+    """The exit code of a training that a signal stopped."""
+    return RESUME if number == signal.SIGTERM else 128 + number
 
 
 def evaluate(arguments, overrides) -> int:

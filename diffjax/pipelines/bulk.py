@@ -298,12 +298,13 @@ def write_preview(folder: Path, index: dict, run, settings: Settings) -> Path:
     with np.load(shard_path(folder, index, 0)) as arrays:
         images, labels = arrays["images"][:100], arrays["labels"][:100]
     columns = min(10, len(images)) if index["labels"] != "balanced" else min(len(index["classes"]), 20, len(images))
+    classes = f"Classes from {labels.min()} to {labels.max()}. " if run.dataset.num_classes else ""
     figure = viz.image_grid(
         images,
         columns=max(columns, min(10, len(images))) if columns == 1 else columns,
         max_value=largest_pixel(run.dataset),
         title=f"The first {len(images)} of {index['num']} samples after {run.step} training steps",
-        note=f"Classes from {labels.min()} to {labels.max()}. {describe(settings, cost(run, settings))}",
+        note=classes + describe(settings, cost(run, settings)),
     )
     return viz.save(figure, folder / PREVIEW)
 

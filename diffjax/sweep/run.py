@@ -73,7 +73,7 @@ def sweep(
         stored = {"config": json.loads(configs.to_json(configs.fill(config))), "grid": grid, "seeds": list(seeds)}
         write(os.path.join(out, SWEEP_FILE), json.dumps(stored, indent=1) + "\n")
         jobs = [job_of(run, out, path) for run in runs if table.finished_report(run) is None]
-        sys.stdout.write(f"{len(runs)} runs, {len(runs) - len(jobs)} of them finished already; logs in {out}/{LOGS}\n")
+        sys.stdout.write(f"runs: {len(runs)}, finished already: {len(runs) - len(jobs)}; logs in {out}/{LOGS}\n")
         if cluster:
             folder = os.path.join(out, "jobs")
             ended = launch.on_cluster(jobs, caught, cluster=cluster, folder=folder, options=options or {})
@@ -103,13 +103,14 @@ def follow(runs: list[Run], jobs: list[Job], ended: Iterator, caught: list[int],
     write_results(runs, status, out)
     sys.stdout.write(Path(out, TABLE).read_text(encoding="utf-8"))
     if failed:
-        sys.stderr.write(f"diffjax: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; see {out}/{LOGS}\n")
+        sys.stderr.write(f"diffjax: {len(failed)} of {len(runs)} failed: {', '.join(failed)}; see {out}/{LOGS}\n")
     left = sum(table.finished_report(run) is None for run in runs)
     if caught:
-        sys.stderr.write(f"diffjax: stopped by signal {caught[0]}, {left} runs left; the same command goes on\n")
+        left = f"{left} of {len(runs)} left"
+        sys.stderr.write(f"diffjax: stopped by signal {caught[0]}, {left}; the same command goes on\n")
         return RESUME
     if left and not failed:
-        sys.stderr.write(f"diffjax: {left} of {len(runs)} runs were interrupted; the same command goes on\n")
+        sys.stderr.write(f"diffjax: {left} of {len(runs)} interrupted; the same command goes on\n")
         return RESUME
     return 1 if left else 0
 

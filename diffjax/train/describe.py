@@ -18,7 +18,7 @@ from diffjax.train import paths
 from diffjax.train.parallel import sharding
 from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parts import prepare
-from diffjax.train.setup import lower_step
+from diffjax.train.setup import trace_step
 from diffjax.train.state import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy", "scikit-learn")
@@ -59,7 +59,7 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
     if count.hardware > count.model:
         text += f" ({count.hardware:.4g} with what rematerialisation repeats)"
     if compile:
-        programs = (lower_step(config, parts, mesh, places, shape).compile() for shape in parts.dataset.shapes)
+        programs = (trace_step(config, parts, mesh, places, shape).lower().compile() for shape in parts.dataset.shapes)
         sizes = [memory.temp_size_in_bytes for p in programs if (memory := p.memory_analysis())]
         text += f", {_size(max(sizes))} of temporary memory per device" if sizes else ""
     return text + "\n"

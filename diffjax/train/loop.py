@@ -61,6 +61,7 @@ def train(
     preview: Callable | None = None,
     peers: Watch | None = None,
     allow_changes: bool = False,
+    early: Callable[[int], None] | None = None,
 ) -> Result:
     """Trains to `config.num_steps` (or `config.stop_at`), from the newest checkpoint in `workdir` if there is one.
 
@@ -78,6 +79,9 @@ def train(
         call, with a `workdir` that all of them see; the first one writes everything but its share of the checkpoints.
       allow_changes: goes on with another config than that of the run in `workdir`, and writes the differences to
         `config_history.jsonl`.
+      early: called in a thread, where no others run with this process, with a SIGINT or SIGTERM that comes before the
+        first step. It may end the process, which then has nothing to lose; default nothing: the signal waits until the
+        step is compiled, and one step is made and saved.
 
     Raises:
       ConfigError: for a config that cannot run, or another config than that of the run in `workdir`.
@@ -92,7 +96,7 @@ def train(
     processes.agree("data", contents(parts.dataset.train), "every process must see the same files")
     os.makedirs(workdir, exist_ok=True)
     lock = locked(workdir) if processes.is_first() else contextlib.nullcontext()
-    with lock, processes.stop_requests() as asked, contextlib.ExitStack() as stack:
+    with lock, processes.stop_requests(early) as asked, contextlib.ExitStack() as stack:
         stored = refuse_changes(workdir, config, allow=allow_changes)
         session = open_session(config, parts, workdir, stack, peers=peers, same_items=not allow_changes)
         # Before anything is read together: a process that sees other checkpoints would take other steps.
@@ -139,13 +143,13 @@ def advance(session: Session, clock: Clock, step: int, state: TrainState, asked:
     """`(step, state, signal or None)` after the last step; the device is waited for at checkpoints, and one step late
     at every log line."""
     config, last = session.config, last_step(session.config)
-    fresh = lambda: guard.limited(session.empty(), session.iterator.limit(config.guard.spike))
+    fresh = lambda: guard.limited(session.programs.empty(), session.iterator.limit(config.guard.spike))
     window, pending, saved, number = fresh(), None, step or None, asked(step)
     while step < last and not (number and step == saved):
         session.profile.before(step)
         with clock.waiting():
             batch = next(session.iterator)
-        state, window = session.step_fn(state, window, batch)
+        state, window = session.programs.step(state, window, batch)
         step += 1
         session.terminal.advance(step)
         if session.peers:
@@ -193,7 +197,7 @@ def report(session: Session, clock: Clock, state: TrainState, step: int, window:
     timing = clock.lap(step)
     session.windows.append(window)
     with clock.paused("counting FLOPs"):
-        used = usage(timing, session.flops(), list(session.mesh.devices.flat))
+        used = usage(timing, session.programs.flops(), list(session.mesh.devices.flat))
     if session.config.guard.spike and window.steps:
         session.iterator.note(float(window.loss) / int(window.steps))
     shown = steps.scalars(window) if window.steps else {}

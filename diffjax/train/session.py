@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,10 +18,9 @@ from diffjax.train.checkpoint.params import CHECKPOINTS
 from diffjax.train.monitor import writers
 from diffjax.train.optim import snapshots
 from diffjax.train.parallel import processes, sharding
-from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parallel.peers import Watch
 from diffjax.train.parts import Parts
-from diffjax.train.setup import compile_step, first_state
+from diffjax.train.setup import Programs, compile_step, first_state
 from diffjax.train.state import TrainState, abstract_state
 from diffjax.train.survival import history, saving
 
@@ -39,9 +37,8 @@ class Session(NamedTuple):
       peers: the other processes of the run, or None.
       terminal, files: the writers for a person, and those that leave files.
       writer: both.
-      step_fn, empty: as from `compile_step`.
+      programs: the compiled step and what belongs to it.
       picture: `(params, step) -> image`, every `sample_every` steps, or None.
-      flops: `() -> float`, model FLOPs of one step.
       windows: of metrics on the host, reported since the last checkpoint.
       profile: the trace of chosen steps.
       snapshots: of the averages, every `ema_snapshots` steps, or None.
@@ -58,10 +55,8 @@ class Session(NamedTuple):
     terminal: Any = None
     files: Any = None
     writer: Any = None
-    step_fn: Callable | None = None
-    empty: Callable | None = None
+    programs: Programs | None = None
     picture: Callable | None = None
-    flops: Callable[[], float] | None = None
     windows: list | None = None
     profile: Any = None
     snapshots: Any = None
@@ -116,13 +111,12 @@ def with_programs(session: Session, step: int, state: TrainState, preview: Calla
     config, parts = session.config, session.parts
     session.checkpoints.reserve(state)
     note(session, step, "compiling the training step ...")
-    step_fn, empty = compile_step(config, parts, session.mesh, session.places)
+    programs = compile_step(config, parts, session.mesh, session.places)
     processes.meet("compiled")
     picture = preview(config, parts) if preview and config.sample_every else None
-    flops = functools.cache(lambda: step_flops(config, parts).model)
     if config.ema_snapshots:
         note(session, step, snapshots.cost(config.ema_snapshots, last_step(config), state.ema))
-    return session._replace(step_fn=step_fn, empty=empty, picture=picture, flops=flops)
+    return session._replace(programs=programs, picture=picture)
 
 
 def note(session: Session, step: int, text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from diffjax.train import step as steps
 from diffjax.train.checkpoint.init_from import first_state_from
 from diffjax.train.parallel import accumulate, pmap, processes, sharding
 from diffjax.train.parallel.activations import constrained
+from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parallel.mesh import batch_groups
 from diffjax.train.parts import Parts
 from diffjax.train.state import TrainState, abstract_state, init_state
@@ -43,10 +46,25 @@ def first_state(config, parts: Parts, checkpoints, iterator, state_sharding) -> 
     return 0, init.compile(compiler_options={"xla_backend_optimization_level": 0})(key)
 
 
-def compile_step(config, parts: Parts, mesh, state_sharding):
-    """The compiled `(state, window, batch) -> (state, window)`, which consumes its state and window, and a maker of
-    empty windows; its batch holds the rows that this process has read, as for `sharding.place_batch`."""
-    compiled = {s: lower_step(config, parts, mesh, state_sharding, s).compile() for s in parts.dataset.shapes}
+class Programs(NamedTuple):
+    """What `compile_step` makes.
+
+    Attributes:
+      step: the compiled `(state, window, batch) -> (state, window)`, which consumes its state and window; its batch
+        holds the rows that this process has read, as for `sharding.place_batch`.
+      empty: `() -> window`, with no step in it.
+      flops: `() -> float`, model FLOPs of one step (of images of the data's first shape).
+    """
+
+    step: Callable
+    empty: Callable
+    flops: Callable[[], float]
+
+
+def compile_step(config, parts: Parts, mesh, state_sharding) -> Programs:
+    """The training step compiled for the mesh, for images of every shape of the data."""
+    traced = {s: trace_step(config, parts, mesh, state_sharding, s) for s in parts.dataset.shapes}
+    compiled = {s: t.lower().compile() for s, t in traced.items()}
     blank = guard.guarded(config.guard, steps.empty_window(parts.dataset.num_classes, parts.objective.terms))
     everywhere = sharding.replicated(mesh)
     feeds = [] if everywhere.is_fully_addressable else [lambda batch: sharding.place_batch(batch, mesh)]
@@ -60,14 +78,16 @@ def compile_step(config, parts: Parts, mesh, state_sharding):
             return program(state, window, functools.reduce(lambda rows, feed: feed(rows), feeds, batch))
 
     # Without feeds the call itself places the batch, which takes less of the host's time than `place_batch`.
-    return step_fn, lambda: sharding.place(blank, everywhere)
+    empty = lambda: sharding.place(blank, everywhere)
+    jaxpr = traced[parts.dataset.shape].jaxpr
+    return Programs(step_fn, empty, functools.cache(lambda: step_flops(config, parts, jaxpr).model))
 
 
-def lower_step(config, parts: Parts, mesh, state_sharding, shape=None) -> jax.stages.Lowered:
-    """The step `(state, window, batch) -> (state, window)` lowered for the mesh, in the mode `config.sharding`, for
+def trace_step(config, parts: Parts, mesh, state_sharding, shape=None) -> jax.stages.Traced | pmap.Mapped:
+    """The step `(state, window, batch) -> (state, window)` traced for the mesh, in the mode `config.sharding`, for
     images of `shape`, by default that of the data.
 
-    Its `compile()` has XLA's memory analysis and the optimised HLO. In the mode `"pmap"` its batch is
+    Its `lower().compile()` has XLA's memory analysis and the optimised HLO. In the mode `"pmap"` its batch is
     `[devices, B / devices, ...]`.
     """
     mapped = config.sharding == "pmap"
@@ -76,7 +96,7 @@ def lower_step(config, parts: Parts, mesh, state_sharding, shape=None) -> jax.st
     blank = guard.guarded(config.guard, steps.empty_window(parts.dataset.num_classes, parts.objective.terms))
     inputs = abstract_state(parts), blank, abstract_batch(config, parts, shape)
     if mapped:
-        return pmap.lower(step, mesh, *inputs)
+        return pmap.trace(step, mesh, *inputs)
     everywhere = sharding.replicated(mesh)
     jitted = jax.jit(
         constrained(step, mesh, parts.model.activations),
@@ -84,7 +104,7 @@ def lower_step(config, parts: Parts, mesh, state_sharding, shape=None) -> jax.st
         out_shardings=(state_sharding, everywhere),
         donate_argnums=(0, 1),
     )
-    return jitted.lower(*inputs)
+    return jitted.trace(*inputs)
 
 
 def _gradient(config, mesh, param_sharding):

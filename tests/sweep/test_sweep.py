@@ -142,7 +142,7 @@ def test_a_failure_is_reported_the_others_run_and_the_same_call_goes_on(tmp_path
     again = lambda seeds, grid="optim.lr=[0.25, 0.5]": sweep(tiny(), grid, out, seeds=seeds, path=stub)
     assert again((0, 13, 1)) == 1
     printed = capsys.readouterr()
-    assert "2 of 6 runs failed" in printed.err and "this seed is unlucky" in printed.out
+    assert "2 of 6 failed" in printed.err and "this seed is unlucky" in printed.out
     rows = read(out)
     assert [row["status"] for row in rows] == ["finished", "failed", "finished"] * 2
     assert [row["optim.lr"] for row in rows] == ["0.25"] * 3 + ["0.5"] * 3 and rows[2]["loss"] == "0.25"
@@ -164,7 +164,7 @@ def test_a_run_that_is_interrupted_by_itself_asks_for_the_same_call(tmp_path, st
     out = str(tmp_path / "sweep")
     again = lambda *seeds: sweep(tiny(), "optim.lr=[0.25]", out, seeds=seeds, path=stub)
     assert again(0, 15) == RESUME
-    assert "1 of 2 runs were interrupted; the same command goes on" in capsys.readouterr().err
+    assert "1 of 2 interrupted; the same command goes on" in capsys.readouterr().err
     assert [row["status"] for row in read(out)] == ["finished", "interrupted"]
     assert again(0, 15) == 0
     # A failure counts for more.

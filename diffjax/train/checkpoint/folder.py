@@ -25,6 +25,8 @@ from diffjax.train.parallel import processes
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged"
+# Leaves that do not fit, as a message lists them.
+SHOWN = 8
 
 
 def open_checkpoints(
@@ -352,8 +354,8 @@ def _check_fit(where: str, table: Mapping[str, dict], like: Mapping[str, Any]) -
             if has != wants:
                 problems.append(f"{name}: it has {has[1]}{list(has[0])}, wanted {wants[1]}{list(wants[0])}")
     if problems:
-        more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
-        lines = "".join(f"\n  {line}" for line in problems[:40])
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        lines = "".join(f"\n  {line}" for line in problems[:SHOWN])
         raise ValueError(f"{where} does not fit the state that it is restored into:{lines}{more}")
 
 

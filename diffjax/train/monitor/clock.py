@@ -6,6 +6,13 @@ import contextlib
 import time
 
 
+def duration(seconds: float) -> str:
+    """`"M:SS"`, or `"H:MM:SS"` from an hour on."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 class Clock:
     """Rates between log lines, and the seconds that each kind of work took since the start.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffjax import files
+from diffjax.train.monitor.clock import duration
 from diffjax.train.monitor.writers import METRICS_FILE
 
 SUMMARY_FILE, CURVES_FILE = "summary.json", "curves.png"
@@ -56,7 +57,7 @@ def _lines(told: Mapping[str, Any], workdir: str):
     shares = ", ".join(f"{kind} {100 * s / total:.1f} %" for kind, s in seconds.items() if kind != "total")
     yield (
         f"step {facts['step']} of {facts['last_step']}: {facts['parameters']:,} parameters, "
-        f"batch {facts['batch_size']}, {_duration(total)} ({shares})"
+        f"batch {facts['batch_size']}, {duration(total)} ({shares})"
     )
     if loss:
         yield (
@@ -71,9 +72,3 @@ def _lines(told: Mapping[str, Any], workdir: str):
         yield ", ".join(parts)
     saved = ", ".join(map(str, facts["checkpoints"])) or "none"
     yield f"checkpoints: {saved}; {os.path.join(workdir, SUMMARY_FILE)}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from diffjax import files
+from diffjax.train.monitor.clock import duration
 
 METRICS_FILE = "metrics.jsonl"
 # What a line on the terminal has room for.
@@ -100,7 +101,7 @@ class Terminal:
             self._bar.set_postfix(shown)
             return
         left = (self._total - step) / scalars["steps_per_s"] if scalars.get("steps_per_s") else 0.0
-        eta = f"  eta {int(left) // 60}:{int(left) % 60:02d}" if left else ""
+        eta = f"  eta {duration(left)}" if left else ""
         self._held = f"step {step}/{self._total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + eta
         if time.monotonic() - self._last >= self._every_s or step >= self._total:
             self.flush()

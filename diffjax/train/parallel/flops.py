@@ -27,18 +27,17 @@ class Flops(NamedTuple):
     hardware: float
 
 
-def step_flops(config, parts) -> Flops:
-    """`Flops` of one training step of a filled config and its parts; the step is only traced."""
+def step_flops(config, parts, jaxpr=None) -> Flops:
+    """`Flops` of one training step of a filled config and its parts; the step is only traced, and not even that if its
+    closed `jaxpr`, for any mesh, is given and the network rematerialises nothing."""
     from diffjax.train.objectives import network_of
     from diffjax.train.setup import abstract_batch
     from diffjax.train.state import abstract_state
     from diffjax.train.step import make_train_step
 
-    inputs = abstract_state(parts), abstract_batch(config, parts)
-    count = lambda parts: count_flops(
-        make_train_step(parts, config), *inputs, share=parts.objective.self_condition or 1.0
-    )
-    hardware = count(parts)
+    inputs, share = (abstract_state(parts), abstract_batch(config, parts)), parts.objective.self_condition or 1.0
+    count = lambda parts: count_flops(make_train_step(parts, config), *inputs, share=share)
+    hardware = count(parts) if jaxpr is None else flops(jaxpr.jaxpr, share)
     settings = dict(config.model)
     if not remat_of(settings):
         return Flops(hardware, hardware)

@@ -8,7 +8,7 @@ update does not depend on the number of devices.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -19,7 +19,7 @@ AXIS = "devices"
 
 
 def own_rows(gradient: Gradient) -> Gradient:
-    """The gradient of all rows inside `lower`'s map, from that of each device's own.
+    """The gradient of all rows inside `trace`'s map, from that of each device's own.
 
     Dropout draws from `fold_in(key, i)` on device i.
     """
@@ -34,8 +34,20 @@ def own_rows(gradient: Gradient) -> Gradient:
     return mean
 
 
-def lower(step: Callable, mesh: Mesh, state: Any, window: Any, batch: Any) -> jax.stages.Lowered:
-    """The step `(state, window, batch) -> (state, window)` lowered for all devices of the mesh.
+class Mapped(NamedTuple):
+    """What stands for `jax.stages.Traced`, which `jax.pmap` does not give.
+
+    Attributes:
+      lower: `() -> jax.stages.Lowered`.
+      jaxpr: None.
+    """
+
+    lower: Callable[[], jax.stages.Lowered]
+    jaxpr: None = None
+
+
+def trace(step: Callable, mesh: Mesh, state: Any, window: Any, batch: Any) -> Mapped:
+    """The step `(state, window, batch) -> (state, window)` for all devices of the mesh, to be lowered.
 
     Args:
       step: a step whose gradient is `own_rows(...)`.
@@ -50,7 +62,8 @@ def lower(step: Callable, mesh: Mesh, state: Any, window: Any, batch: Any) -> ja
     mapped = jax.pmap(
         on_each, AXIS, in_axes=(None, None, 0), out_axes=(None, None), devices=devices, donate_argnums=(0, 1)
     )
-    return mapped.lower(state, window, jax.eval_shape(lambda rows: split(rows, len(devices)), batch))
+    rows = jax.eval_shape(lambda rows: split(rows, len(devices)), batch)
+    return Mapped(lambda: mapped.lower(state, window, rows))
 
 
 def split(batch: Any, ways: int) -> Any:

@@ -27,7 +27,7 @@ from jax.sharding import Sharding
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel.cluster import Cluster, find
 from diffjax.train.parallel.peers import STALL_S, Verdict, Watch, catch_abort, refused, release_abort
-from diffjax.train.survival.signals import at_first, caught_signals
+from diffjax.train.survival.signals import at_first, caught_signals, heard_at_once
 
 JOIN_S = 300
 MEET_S = 3600
@@ -234,16 +234,24 @@ def least(value: int) -> int:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], int | None]]:
+def stop_requests(early: Callable[[int], None] | None = None) -> Iterator[Callable[[int], int | None]]:
     """`asked(step)`: the signal that stops the run after `step` updates, or None; the same on every process.
 
-    It must be called once after every update, by all processes. In a single process it is what `caught_signals` has
-    caught. In several a SIGTERM or SIGINT to any of them is told to the others by JAX, which chooses the next step that
-    none of them has passed.
+    It must be called before the first update and once after every one, by all processes. In a single process it is what
+    `caught_signals` has caught. In several a SIGTERM or SIGINT to any of them is told to the others by JAX, which
+    chooses the next step that none of them has passed.
+
+    Args:
+      early: in a single process, what to call with a signal, in a thread, before `asked` is called for the first time.
     """
     if jax_count() == 1:
-        with caught_signals() as caught:
-            yield lambda step: caught[0] if caught else None
+        with caught_signals() as caught, heard_at_once(early) as begin:
+
+            def asked(step):
+                begin()
+                return caught[0] if caught else None
+
+            yield asked
         return
     from jax.experimental import multihost_utils
 

@@ -65,6 +65,12 @@ def test_elsewhere_lines_are_sparse_but_the_first_and_the_last_are_there():
     assert lines[0].endswith("eta 3:00")  # 90 steps at half a step per second
 
 
+def test_hours_to_go_are_told_as_such():
+    stream = io.StringIO()
+    writers.Terminal(stream, total=3601).write_scalars(1, {"loss": 1.0, "steps_per_s": 0.1})
+    assert stream.getvalue().rstrip().endswith("eta 10:00:00")
+
+
 def test_several_writes_to_each(tmp_path):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     writer = writers.Several([writers.Jsonl(str(first)), writers.Jsonl(str(second))])

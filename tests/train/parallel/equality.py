@@ -87,7 +87,7 @@ def train(family, precision, mode):
     mesh = make_mesh(devices=jax.devices()[:1]) if one else make_mesh(parse_mesh(config.mesh))
     state = jax.tree.map(np.asarray, jax.jit(lambda: init_state(parts, jax.random.key(0)))())
     where = state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
-    step_fn, empty = compile_step(config, parts, mesh, where)
+    step_fn, empty, _ = compile_step(config, parts, mesh, where)
     start, state, losses = state.params, place(state, where), []
     for i in range(STEPS):
         items = parts.dataset.train[BATCH * i : BATCH * (i + 1)]

@@ -15,9 +15,9 @@ from diffjax.models import MODELS
 from diffjax.models.presets import preset
 from diffjax.train.parallel import flops
 from diffjax.train.parallel.flops import step_flops
-from diffjax.train.parallel.sharding import make_mesh
+from diffjax.train.parallel.sharding import make_mesh, state_sharding
 from diffjax.train.parts import prepare
-from diffjax.train.setup import abstract_batch
+from diffjax.train.setup import abstract_batch, trace_step
 from diffjax.train.state import abstract_state
 from diffjax.train.step import make_train_step
 
@@ -93,6 +93,23 @@ def test_flops_of_a_dit_step_are_its_closed_form_and_remat_repeats_the_blocks():
     assert again.model == kept.model
     # Every block is computed once more, its last product too: the gradient of the gate needs it.
     assert again.hardware - again.model == pytest.approx(batch * (blocks + 2 * depth * 2 * mean), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(microbatch=2, accumulate_loop="scan"), dict(guard=dict(on_bad="skip"), loss=dict(self_condition=0.25))],
+    ids=str,
+)
+def test_the_step_that_was_traced_to_be_compiled_tells_its_flops_without_another_trace(settings, monkeypatch):
+    model = dict(name="dit", patch=4, width=16, depth=1, heads=2)
+    data = "synthetic(shape=(8, 8, 1), num_classes=3)"
+    config, parts = prepare(ConfigDict(dict(data=data, batch_size=4, model=model) | settings))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    places = state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
+    alone = step_flops(config, parts)
+    jaxpr = trace_step(config, parts, mesh, places).jaxpr
+    monkeypatch.delattr(jax, "make_jaxpr")
+    assert step_flops(config, parts, jaxpr) == alone
 
 
 def test_an_estimate_of_x0_costs_a_forward_pass_in_its_share_of_the_steps():

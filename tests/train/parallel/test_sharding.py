@@ -154,7 +154,7 @@ def train_network(network, mesh, mode, one):
     state = state._replace(params=tree.unflatten([noise(p, i) for i, p in enumerate(leaves)]))
     start = jax.tree.map(np.asarray, state.params)
     where = state_sharding(mesh, state, parts.model.rules, config.sharding)
-    step_fn, empty = compile_step(config, parts, mesh, where)
+    step_fn, empty, _ = compile_step(config, parts, mesh, where)
     state, window = place(state, where), empty()
     for i in range(3):
         items = parts.dataset.train[16 * i : 16 * (i + 1)]

@@ -7,6 +7,8 @@ import types
 
 import pytest
 
+from diffjax import commands
+from diffjax.train.errors import RESUME
 from diffjax.train.parallel import processes
 from diffjax.train.survival import signals
 
@@ -75,3 +77,37 @@ with signals.caught_signals() as caught:
     done = subprocess.run([sys.executable, "-c", program, str(int(number))], capture_output=True, text=True, timeout=50)
     # Python ends itself by the signal after a KeyboardInterrupt.
     assert done.returncode == -number and done.stdout == f"alive {int(number)}\n"
+
+
+EARLY = """
+import hashlib, os, signal, sys, threading, time
+from diffjax import commands
+from diffjax.train.parallel import processes
+number, begun = int(sys.argv[1]), sys.argv[2] == "begun"
+with processes.stop_requests(commands.leave_at_once) as asked:
+    if begun:
+        print("asked", asked(0), flush=True)
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    # Like a compilation: no Python in the main thread, and the others may run.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000 if begun else 100_000_000)
+    while asked(1) is None:
+        time.sleep(0.01)
+    print("asked", asked(1), flush=True)
+print("end", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.set_wakeup_fd(-1), threading.active_count())
+"""
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_a_signal_before_the_first_step_ends_the_program_although_no_python_runs(number):
+    args = [sys.executable, "-c", EARLY, str(int(number)), "before"]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=20)
+    assert done.returncode == commands.stopped_by(number) == {signal.SIGTERM: RESUME, signal.SIGINT: 130}[number]
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"diffjax: {number.name} before the first step; nothing is lost")
+
+
+def test_a_signal_after_it_is_caught_and_nothing_stays_behind():
+    args = [sys.executable, "-c", EARLY, str(int(signal.SIGTERM)), "begun"]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.splitlines() == ["asked None", "asked 15", "end True -1 1"]

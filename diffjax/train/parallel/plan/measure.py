@@ -17,7 +17,7 @@ from diffjax.train.parallel.flops import step_flops
 from diffjax.train.parallel.plan.hlo import collectives
 from diffjax.train.parallel.plan.kept import kept_activations
 from diffjax.train.parts import prepare
-from diffjax.train.setup import lower_step
+from diffjax.train.setup import trace_step
 from diffjax.train.state import abstract_state
 
 
@@ -28,7 +28,7 @@ def measure(config: ConfigDict, folder: str) -> dict:
     state = abstract_state(parts)
     places = sharding.state_sharding(mesh, state, parts.model.rules, config.sharding)
     start = time.perf_counter()
-    compiled = lower_step(config, parts, mesh, places).compile()
+    compiled = trace_step(config, parts, mesh, places).lower().compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     rows = sharding.batch_sharding(mesh).shard_shape((config.batch_size,))[0]

@@ -76,7 +76,7 @@ from diffjax.core import Model
 
 def net(*, shape, num_classes):
     def apply(params, x, t, y, key=None):
-        if any(frame.name == "lower_step" for frame in traceback.extract_stack()):
+        if any(frame.name == "trace_step" for frame in traceback.extract_stack()):
             {body}
         return x + params["b"]
 
