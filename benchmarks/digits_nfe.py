@@ -160,7 +160,7 @@ def main():
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmark.md", help="gets the table")
     arguments = parser.parse_args()
     run = load_run(os.fspath(arguments.workdir))
-    labels = stratified(run.dataset, run.config.eval.num_samples)
+    labels = stratified(run.dataset, len(run.dataset.heldout))
     network, judge = Network(run, labels), judges.judge_of(run)
     unit = np.random.default_rng(0).standard_normal(network.shape)
     sigma_data = data_statistics(run)[1]

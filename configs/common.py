@@ -99,11 +99,10 @@ def digits(arg, model):
 
     config.sample = ConfigDict(dict(solver="dpmpp_2m()", steps=20, spacing="karras(s_max=20.0)"))
     config.sample.guidance, config.sample.interval = recipe["guidance"], (0.1, 1.0)
-    config.eval = ConfigDict(dict(num_samples=898, seeds=1))
     if arg.smoke:
         config.batch_size = 32
         config.sample.steps = 5
-        config.eval.num_samples = 64
+        config.eval = ConfigDict(dict(num_samples=64))
     return config
 
 

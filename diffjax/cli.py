@@ -103,9 +103,19 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str,
     if unknown:
         flags = [flag for flag, _ in command.flags]
         given = unknown[0].partition("=")[0]
-        hint = registry.nearest(given, flags)
+        hint = _setting(given) if "--config" in flags else ""
+        hint = hint or registry.nearest(given, flags)
         raise UsageError(f"{name}: unknown argument {given!r}; flags: {', '.join(flags)}{hint}")
     return arguments, overrides
+
+
+def _setting(flag: str) -> str:
+    """How to set the key of the config that a flag is called after; empty if there is none."""
+    from diffjax.train.config import defaults, flat
+
+    name = flag.lstrip("-")
+    keys = [key for key in flat(defaults()) if name in (key, key.rpartition(".")[2])]
+    return f"; in the config it is set by --config.{keys[0]}=VALUE" if keys else ""
 
 
 def _overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -372,7 +372,7 @@ COMMANDS = {
         (
             _WORKDIR,
             _EMA,
-            ("--num_samples", dict(type=int, metavar="N", help="samples to draw for each seed")),
+            ("--num_samples", dict(type=int, metavar="N", help="samples for a seed; default as many as are held out")),
             ("--seeds", dict(type=int, metavar="N", help="repetitions with other noise")),
             ("--seed", dict(type=int, metavar="S", help="seed of the first repetition; default 0")),
             ("--samples", dict(metavar="DIR", help="judge samples of `diffjax sample --num`, draw none")),

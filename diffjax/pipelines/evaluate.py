@@ -41,6 +41,8 @@ GUIDANCE_STEPS = 10
 SEED_STRIDE = 1_000_000
 # Samples up to which metrics that compare every pair of them are taken.
 MANY = 5000
+# Samples that show something of a model whose held-out images are few.
+FEW = 64
 
 
 def evaluate(
@@ -69,7 +71,8 @@ def evaluate(
 
     Args:
       workdir: of a training run.
-      num_samples: samples of each repetition; classes come as often as in the held-out data.
+      num_samples: samples of each repetition; classes come as often as in the held-out data. 0, the config's default:
+        as many as there are held-out images, which distances are comparable at, but at least `FEW` and at most `MANY`.
       seeds: repetitions with other noise; with more than one the table has mean and standard deviation.
       batch_size: samples in one call, about; all calls have the same size.
       seed: of the first repetition.
@@ -95,6 +98,7 @@ def evaluate(
     run = load_run(os.fspath(workdir), ema=ema, step=step, data=data)
     settings = settings_for(run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval)
     num = run.config.eval.num_samples if num_samples is None else num_samples
+    num = num or min(max(len(run.dataset.heldout), FEW), MANY)
     repeats = run.config.eval.seeds if seeds is None else seeds
     batch = run.config.eval.batch_size if batch_size is None else batch_size
     if num < 6 or repeats < 1 or batch < 1:

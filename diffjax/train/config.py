@@ -77,7 +77,7 @@ def defaults() -> ConfigDict:
             sample=dict(
                 solver="dpmpp_2m()", steps=20, spacing="karras(s_max=40.0)", guidance=1.0, interval=(0.0, math.inf)
             ),
-            eval=dict(num_samples=898, seeds=1, batch_size=128),
+            eval=dict(num_samples=0, seeds=1, batch_size=128),
         )
     )
 
@@ -357,7 +357,7 @@ _RANGES = {
     "sample.steps": _at_least(1),
     "sample.guidance": (math.isfinite, "finite (1 turns guidance off)"),
     "sample.interval": ((lambda v: len(v) == 2 and 0.0 <= v[0] < v[1]), "(low, high) of sigma/alpha, 0 <= low < high"),
-    "eval.num_samples": _at_least(6),
+    "eval.num_samples": ((lambda v: v == 0 or v >= 6), "at least 6, or 0 for as many as there are held-out images"),
     "eval.seeds": _at_least(1),
     "eval.batch_size": _at_least(1),
 }

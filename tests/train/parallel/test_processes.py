@@ -1,11 +1,13 @@
 """Processes that meet or do not meet, agree or differ, fall silent or get stuck."""
 
+import json
 import socket
 import subprocess
 import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -18,21 +20,33 @@ from diffjax.train.parallel import cluster, peers, processes
 from diffjax.train.parallel.cluster import Cluster
 from diffjax.train.parallel.peers import BEAT_S, SILENT_S, Verdict, Watch
 
-# Joins, compares `facts`, and says how it went.
+# Forks a process for each entry of `{name: arguments}`, which joins, compares `facts`, and says how it went.
 SCRIPT = """
-import os, sys
+import json, os, sys
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel import cluster, processes
-address, count, index, fact = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+jobs, folder = json.loads(sys.argv[1]), sys.argv[2]
+children = {}
+for name, arguments in jobs.items():
+    children[name] = os.fork()
+    if not children[name]:
+        break
+else:
+    ends = {name: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for name, pid in children.items()}
+    print(json.dumps(ends))
+    sys.exit()
+for number, stream in ((1, "out"), (2, "err")):
+    os.dup2(os.open(f"{folder}/{name}.{stream}", os.O_CREAT | os.O_WRONLY), number)
+address, count, index, fact, wait, shared = arguments
 describe = lambda error: (2 if isinstance(error, ConfigError) else 1, str(error))
 found = cluster.find({}, coordinator=address, num_processes=count, process_id=index)
 try:
-    with processes.joined(found, describe, timeout_s=int(sys.argv[5])) as watch:
+    with processes.joined(found, describe, timeout_s=wait) as watch:
         processes.agree("facts", {"lr": fact, "seed": 0}, "start all alike")
         processes.agree("facts", {"again": 1}, "start all alike")
         processes.SHARED_S = 1
-        processes.share(sys.argv[6])
-        assert os.listdir(sys.argv[6]) == [] or not processes.is_first()
+        processes.share(shared)
+        assert os.listdir(shared) == [] or not processes.is_first()
         print("agreed", watch.name(), processes.is_first())
         if fact == "fails":
             raise OSError("no space left")
@@ -40,8 +54,8 @@ except ConfigError as error:
     sys.stderr.write(str(error))
     sys.exit(2)
 """
-# Seconds to wait: short where nobody will come, long where a loaded machine may start the processes far apart.
-WAIT = {"nobody": 4, "missing": 4, "busy": 4, "twice": 15}
+# Seconds to wait: short where somebody will not come, long where a loaded machine may keep one back.
+WAIT = {"nobody": 4, "missing": 4, "busy": 4, "twice": 6}
 CASES = {
     "alike": [(2, 0, "0.1"), (2, 1, "0.1")],
     "fails": [(2, 0, "fails"), (2, 1, "fails")],
@@ -57,23 +71,24 @@ CASES = {
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """`{case: [(exit code, stdout, stderr) of each process]}`; all cases run at once."""
-    taken = socket.create_server(("", 0))
-    running = {}
+    taken, folder = socket.create_server(("", 0)), tmp_path_factory.mktemp("ended")
+    jobs = {}
     for case, members in CASES.items():
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = (taken if case == "busy" else free).getsockname()[1]
         for count, index, fact in members:
-            folder = tmp_path_factory.getbasetemp() / (f"{case}{index}" if case == "apart" else case)
-            folder.mkdir(exist_ok=True)
-            arguments = (f"127.0.0.1:{port}", count, index, fact, WAIT.get(case, 100), folder)
-            command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            running.setdefault(case, []).append(process)
-    found = {}
-    for case, members in running.items():
-        outputs = [process.communicate(timeout=120) for process in members]
-        found[case] = [(process.returncode, *texts) for process, texts in zip(members, outputs, strict=True)]
+            shared = folder / (f"{case}{index}" if case == "apart" else case)
+            shared.mkdir(exist_ok=True)
+            # Of two with one id each has a place in the list of its own.
+            name = f"{case}.{sum(other.startswith(case + '.') for other in jobs)}"
+            jobs[name] = (f"127.0.0.1:{port}", count, index, fact, WAIT.get(case, 100), str(shared))
+    command = [sys.executable, "-c", SCRIPT, json.dumps(jobs), str(folder)]
+    codes = json.loads(subprocess.run(command, stdout=subprocess.PIPE, timeout=120, check=True).stdout)
     taken.close()
+    found = {}
+    for name, code in codes.items():
+        texts = (Path(folder, f"{name}.{stream}").read_text() for stream in ("out", "err"))
+        found.setdefault(name.partition(".")[0], []).append((code, *texts))
     return found
 
 

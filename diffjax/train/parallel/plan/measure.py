@@ -28,7 +28,8 @@ def measure(config: ConfigDict, folder: str) -> dict:
     state = abstract_state(parts)
     places = sharding.state_sharding(mesh, state, parts.model.rules, config.sharding)
     start = time.perf_counter()
-    compiled = trace_step(config, parts, mesh, places).lower().compile()
+    traced = trace_step(config, parts, mesh, places)
+    compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     rows = sharding.batch_sharding(mesh).shard_shape((config.batch_size,))[0]
@@ -51,7 +52,7 @@ def measure(config: ConfigDict, folder: str) -> dict:
         state={name: _bytes_each(*tree) for name, tree in trees.items()},
         activations=per_row * at_once / ways + fixed * share,
         temporary=memory.temp_size_in_bytes if memory else 0,
-        flops=step_flops(config, parts),
+        flops=step_flops(config, parts, traced.jaxpr),
         collectives=collectives(_partitioned(folder, compiled), mesh.size) if mesh.size > 1 else [],
         seconds=seconds,
     )  # fmt: skip
