@@ -1,6 +1,7 @@
-"""Shared by all tests: a compile cache of every program, which many of them share and which outlives the run, cheap compilation, float64 on demand."""
+"""Shared by all tests: a cache of compiled programs that outlives the run, cheap compilation, float64 on demand."""
 
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 
 # Before jax is imported. Tests compare numbers, not speed: most of their time would be spent in LLVM.
@@ -11,6 +12,14 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 
 import jax
 import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `often(PATTERN, ...)` the cases whose id no pattern fits are slow."""
+    for item in items:
+        if (often := item.get_closest_marker("often")) and not any(fnmatch(item.callspec.id, p) for p in often.args):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

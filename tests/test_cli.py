@@ -194,6 +194,7 @@ def parameter_rows(out):
     return lines[lines.index("parameters") + 2 : next(i for i, line in enumerate(lines) if line.startswith("total:"))]
 
 
+@pytest.mark.often("data")
 @pytest.mark.parametrize("mode", ["data", "pmap"])
 def test_inspect_compiles_the_step_for_its_memory(capsys, mode):
     code, out, _ = run(capsys, "inspect", *TINY, f"--config.sharding={mode}")

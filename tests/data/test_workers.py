@@ -16,6 +16,9 @@ from PIL import Image
 
 from diffjax.data import Unreadable, UnreadableError, WorkerError, batches, digits, folder
 
+# One process makes what all of them share.
+pytestmark = pytest.mark.xdist_group("workers")
+
 AUGMENT = ("shift(pixels=2)", "affine()", "flip()")
 
 
@@ -288,6 +291,7 @@ def test_workers_do_not_outlive_a_reader_that_is_killed(reader):
     assert ends(worker)
 
 
+@pytest.mark.slow
 def test_workers_start_in_a_program_that_never_parsed_absl_flags(tmp_path):
     program = """
         from diffjax.data import batches, digits

@@ -9,6 +9,9 @@ from diffjax.models import MODELS
 from diffjax.registry import build
 from diffjax.train import paths
 
+# One process makes what all of them share.
+pytestmark = pytest.mark.xdist_group("networks")
+
 SHAPE, CLASSES = (8, 8, 2), 3
 SPECS = {
     "mlp": "mlp(width=16, depth=2, dropout=0.5)",

@@ -23,6 +23,9 @@ from diffjax.train import loop
 from diffjax.train.errors import WorkdirError
 from diffjax.train.state import load_run
 
+# One process makes what all of them share.
+pytestmark = pytest.mark.xdist_group("bulk")
+
 ROOT = Path(__file__).parents[2]
 QUICK = dict(steps=3, batch_size=8, shard_size=20)
 
@@ -140,6 +143,7 @@ def test_samples_of_latents_are_kept_as_decoded_images(of_latents, tmp_path):
     assert np.mean(np.abs(one.images.astype(int) - found.images) > 1) < 0.005 and found.images.std() > 1
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_is_evaluated_on_decoded_images(of_latents, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.judges.metrics, "baseline_rows", lambda *_: {"floor": {"fd_pixels": 0.1}})
     report = evaluate.evaluate(of_latents, num_samples=20, batch_size=20, steps=2, quick=True, out=tmp_path)

@@ -19,6 +19,7 @@ def wide_grid(schedule, n):
     return dj.custom(schedule, schedule.time(-2 * np.log(s)))
 
 
+@pytest.mark.often("2-*", "3-True", "4-True")
 @pytest.mark.parametrize("corrector", [False, True])
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_order_on_every_process(order, corrector, x64, order_fit):
@@ -28,6 +29,7 @@ def test_order_on_every_process(order, corrector, x64, order_fit):
         assert abs(slope - solver.order) < 0.2, f"{name}: order {slope:.3f}, errors {errors}"
 
 
+@pytest.mark.often("x0-*", "v-asinh", "eps-log")
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("predict", ["x0", "v", "eps"])
 def test_order_in_every_form(predict, basis, x64, order_fit):

@@ -85,6 +85,7 @@ def test_the_mean_and_variance_are_read_off_the_denoiser(vp_steps):
     np.testing.assert_allclose(vp_steps.stats.spectrum, variance, rtol=4 * np.sqrt(2 / 64))
 
 
+@pytest.mark.slow
 def test_knots_alone_get_better_and_the_same_starts_give_the_same_steps():
     seen = []
     run = partial(fit, 2, VP, (KEY, (16, 2)), coefficients=False, **SMALL)
@@ -94,6 +95,7 @@ def test_knots_alone_get_better_and_the_same_starts_give_the_same_steps():
     jax.tree.map(np.testing.assert_array_equal, (a.levels, a.table), (b.levels, b.table))
 
 
+@pytest.mark.slow
 def test_conditions_go_with_their_starts():
     shift = jnp.where(jnp.arange(32)[:, None] % 2 == 0, 1.0, -1.0)
 

@@ -37,6 +37,7 @@ def error(solver, levels, truth, count=64):
     return float(jnp.median(gap) / np.sqrt(np.mean(STD**2)))
 
 
+@pytest.mark.often("vp", "flow")
 @pytest.mark.parametrize("schedule", PROCESSES)
 def test_it_is_better_than_the_usual_choice(schedule, x64):
     # gauss16 has stds from 0.02 to 1. DPM-Solver++ 2M on Karras knots is the default of most pipelines; the figures of

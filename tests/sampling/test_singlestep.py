@@ -66,6 +66,7 @@ def everything():
     return BLOCKS | {name: make(flow) for name, make in INNER.items()} | {"rk4(alpha)": dj.rk4(flow, "alpha")}
 
 
+@pytest.mark.often("dpm_solver(3)", "dpmpp_2s", "dpm2", "rk4")
 @pytest.mark.filterwarnings("ignore:.*unstable")
 @pytest.mark.parametrize("name", everything())
 def test_from_pure_noise_to_data_in_float32(name):

@@ -39,6 +39,12 @@ SOLVERS = {
     "maruyama callable": dj.euler_maruyama(lambda level: level.sigma**2),
 }
 
+# One of each kind.
+OFTEN = (
+    "ddpm beta_tilde", "euler_ancestral", "euler_ancestral_rf", "sde_dpmpp_2m midpoint", "sde_dpmpp", "ancestral heun",
+    "sde_dpm_2m", "sa_solver exact", "sde_adams", "maruyama sigma",
+)  # fmt: skip
+
 
 def with_clean_end(grid, n):
     """The grid with sigma = 0 appended, repeated to n steps: grids of all lengths share one program."""
@@ -46,6 +52,7 @@ def with_clean_end(grid, n):
     return dj.Level(*(jnp.asarray(row) for row in rows))
 
 
+@pytest.mark.often(*OFTEN)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_exact_divergence_falls_with_the_step(name, x64):
     divergence = jax.jit(lambda levels: dj.gaussian_kl(SOLVERS[name], GAUSSIAN, levels, exact_start=True))
@@ -201,6 +208,7 @@ def test_learned_range_interpolates_the_two_variances(x64):
 DISTINCT = [name for name in SOLVERS if name not in ("ddpm beta", "euler_ancestral .5", "sde_dpmpp_3m", "sa_solver")]
 
 
+@pytest.mark.often(*OFTEN)
 @pytest.mark.parametrize("name", DISTINCT)
 def test_padded_traced_and_from_alpha_zero(name):
     solver = SOLVERS[name]
