@@ -113,9 +113,10 @@ def _setting(flag: str) -> str:
     """How to set the key of the config that a flag is called after; empty if there is none."""
     from diffjax.train.config import defaults, flat
 
-    name = flag.lstrip("-")
-    keys = [key for key in flat(defaults()) if name in (key, key.rpartition(".")[2])]
-    return f"; in the config it is set by --config.{keys[0]}=VALUE" if keys else ""
+    name = flag.lstrip("-").replace("-", "_")
+    keys = [key for key in flat(defaults()) if not key.startswith(("sample.", "eval."))]
+    keys = [f"--config.{key}=VALUE" for key in keys if name in (key, key.rpartition(".")[2])]
+    return f"; in the config it is set by {' or '.join(keys)}" if keys else ""
 
 
 def _overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

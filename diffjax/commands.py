@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -161,12 +160,12 @@ def train(arguments, overrides) -> int:
 def leave_at_once(number: int) -> None:
     """Ends the process before the first step of a training: there is nothing to save, and the main thread may compile
     for minutes yet."""
-    for child in multiprocessing.active_children():
-        child.kill()
     name = signal.Signals(number).name
     text = f"\ndiffjax: {name} before the first step; nothing is lost, and the same command starts again\n"
-    os.write(2, text.encode())
-    os._exit(stopped_by(number))
+    try:
+        os.write(2, text.encode())
+    finally:  # A Ctrl-C may have ended the reader of the line as well.
+        os._exit(stopped_by(number))
 
 
 def stopped_by(number: int) -> int:
@@ -372,7 +371,7 @@ COMMANDS = {
         (
             _WORKDIR,
             _EMA,
-            ("--num_samples", dict(type=int, metavar="N", help="samples for a seed; default as many as are held out")),
+            ("--num_samples", dict(type=int, metavar="N", help="samples a seed; default as many as held out, 64-5000")),
             ("--seeds", dict(type=int, metavar="N", help="repetitions with other noise")),
             ("--seed", dict(type=int, metavar="S", help="seed of the first repetition; default 0")),
             ("--samples", dict(metavar="DIR", help="judge samples of `diffjax sample --num`, draw none")),

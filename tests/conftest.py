@@ -15,11 +15,19 @@ import pytest
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Of a test marked `often(PATTERN, ...)` the cases whose id no pattern fits are slow."""
+    unmatched = {}
     for item in items:
-        if (often := item.get_closest_marker("often")) and not any(fnmatch(item.callspec.id, p) for p in often.args):
-            item.add_marker(pytest.mark.slow)
+        if often := item.get_closest_marker("often"):
+            fits = {pattern for pattern in often.args if fnmatch(item.callspec.id, pattern)}
+            left = unmatched.setdefault(item.nodeid.partition("[")[0], set(often.args))
+            left -= fits
+            if not fits:
+                item.add_marker(pytest.mark.slow)
+    wrong = {name: left for name, left in unmatched.items() if left}
+    if wrong and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"patterns of `often` that fit no case: {wrong}")
 
 
 @pytest.fixture

@@ -43,6 +43,15 @@ def test_a_folder_whose_name_has_quotes_and_blanks(tmp_path, size, grey):
         assert parameters(parts) / 1e3 == pytest.approx(358, rel=5e-3)
 
 
+@pytest.mark.parametrize("labels, classes", [("", 2), (",labels=False", 0)])
+def test_folders_in_it_are_classes_unless_told_otherwise(tmp_path, labels, classes):
+    for i in range(40):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (24, 24)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    config = configs.load(f"{ROOT}/configs/folder.py:path={tmp_path},size=24{labels}")
+    assert assemble(configs.fill(config)).dataset.num_classes == classes
+
+
 def test_a_folder_is_asked_for():
     with pytest.raises(ValueError, match="say where the images are"):
         configs.load(f"{ROOT}/configs/folder.py:size=64")

@@ -98,7 +98,7 @@ def evaluate(
     run = load_run(os.fspath(workdir), ema=ema, step=step, data=data)
     settings = settings_for(run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval)
     num = run.config.eval.num_samples if num_samples is None else num_samples
-    num = num or min(max(len(run.dataset.heldout), FEW), MANY)
+    num = num or as_many_as(len(run.dataset.heldout))
     repeats = run.config.eval.seeds if seeds is None else seeds
     batch = run.config.eval.batch_size if batch_size is None else batch_size
     if num < 6 or repeats < 1 or batch < 1:
@@ -129,6 +129,11 @@ def evaluate(
     write_json(folder / "report.json", report)
     sys.stdout.write(summary(report, folder))
     return report
+
+
+def as_many_as(heldout: int) -> int:
+    """How many samples to compare with so many held-out images: as many, from `FEW` to `MANY`."""
+    return min(max(heldout, FEW), MANY)
 
 
 def evaluate_samples(

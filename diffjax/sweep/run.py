@@ -106,8 +106,8 @@ def follow(runs: list[Run], jobs: list[Job], ended: Iterator, caught: list[int],
         sys.stderr.write(f"diffjax: {len(failed)} of {len(runs)} failed: {', '.join(failed)}; see {out}/{LOGS}\n")
     left = sum(table.finished_report(run) is None for run in runs)
     if caught:
-        left = f"{left} of {len(runs)} left"
-        sys.stderr.write(f"diffjax: stopped by signal {caught[0]}, {left}; the same command goes on\n")
+        told = f"stopped by signal {caught[0]}, {left} of {len(runs)} left"
+        sys.stderr.write(f"diffjax: {told}; the same command goes on\n")
         return RESUME
     if left and not failed:
         sys.stderr.write(f"diffjax: {left} of {len(runs)} interrupted; the same command goes on\n")

@@ -54,12 +54,13 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
         f"mesh: {dict(mesh.shape)} over {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
         f"sharding {config.sharding!r}\n"
     )
-    count = step_flops(config, parts)
+    traced = [trace_step(config, parts, mesh, places, shape) for shape in parts.dataset.shapes] if compile else []
+    count = step_flops(config, parts, traced[0].jaxpr if traced else None)
     text += f"one step of batch {config.batch_size}: {count.model:.4g} FLOPs in matrix products and convolutions"
     if count.hardware > count.model:
         text += f" ({count.hardware:.4g} with what rematerialisation repeats)"
     if compile:
-        programs = (trace_step(config, parts, mesh, places, shape).lower().compile() for shape in parts.dataset.shapes)
+        programs = (step.lower().compile() for step in traced)
         sizes = [memory.temp_size_in_bytes for p in programs if (memory := p.memory_analysis())]
         text += f", {_size(max(sizes))} of temporary memory per device" if sizes else ""
     return text + "\n"

@@ -91,12 +91,13 @@ def train(
     """
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise WorkdirError(f"workdir {workdir!r} is a file; give a folder, which is made if it does not exist")
-    config, parts = prepare(config)
-    processes.agree("config", configs.flat(config) | versions(), "start all with one command and one installation")
-    processes.agree("data", contents(parts.dataset.train), "every process must see the same files")
-    os.makedirs(workdir, exist_ok=True)
-    lock = locked(workdir) if processes.is_first() else contextlib.nullcontext()
-    with lock, processes.stop_requests(early) as asked, contextlib.ExitStack() as stack:
+    with processes.stop_requests(early) as asked, contextlib.ExitStack() as stack:
+        config, parts = prepare(config)
+        processes.agree("config", configs.flat(config) | versions(), "start all with one command and one installation")
+        processes.agree("data", contents(parts.dataset.train), "every process must see the same files")
+        os.makedirs(workdir, exist_ok=True)
+        if processes.is_first():
+            stack.enter_context(locked(workdir))
         stored = refuse_changes(workdir, config, allow=allow_changes)
         session = open_session(config, parts, workdir, stack, peers=peers, same_items=not allow_changes)
         # Before anything is read together: a process that sees other checkpoints would take other steps.

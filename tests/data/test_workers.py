@@ -16,9 +16,6 @@ from PIL import Image
 
 from diffjax.data import Unreadable, UnreadableError, WorkerError, batches, digits, folder
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("workers")
-
 AUGMENT = ("shift(pixels=2)", "affine()", "flip()")
 
 

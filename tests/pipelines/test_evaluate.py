@@ -196,3 +196,8 @@ def test_the_floor_is_that_of_the_protocols_split(monkeypatch):
     features = protocol.features["relu"]
     split = metrics.frechet_distance(features(protocol.train), features(protocol.heldout))
     assert abs(split - mean) < 4 * std
+
+
+@pytest.mark.parametrize("heldout, num", [(3, 64), (898, 898), (50_000, 5000)])
+def test_as_many_samples_as_held_out_images_within_reason(heldout, num):
+    assert evaluation.as_many_as(heldout) == num

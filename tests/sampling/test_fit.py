@@ -9,6 +9,9 @@ import pytest
 
 import diffjax as dj
 
+# One process makes what all of them share.
+pytestmark = pytest.mark.xdist_group("fit")
+
 MIXTURE = dj.Mixture([2.0, 1.0, 1.0], [[0.8, 0.2], [-0.6, 0.6], [-0.1, -0.8]], [np.diag([0.04, 0.01])] * 3)
 VP, FLOW = dj.ddpm(), dj.Flow()
 KEY = jax.random.key(0)
@@ -95,7 +98,6 @@ def test_knots_alone_get_better_and_the_same_starts_give_the_same_steps():
     jax.tree.map(np.testing.assert_array_equal, (a.levels, a.table), (b.levels, b.table))
 
 
-@pytest.mark.slow
 def test_conditions_go_with_their_starts():
     shift = jnp.where(jnp.arange(32)[:, None] % 2 == 0, 1.0, -1.0)
 

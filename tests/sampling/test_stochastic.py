@@ -41,8 +41,8 @@ SOLVERS = {
 
 # One of each kind.
 OFTEN = (
-    "ddpm beta_tilde", "euler_ancestral", "euler_ancestral_rf", "sde_dpmpp_2m midpoint", "sde_dpmpp", "ancestral heun",
-    "sde_dpm_2m", "sa_solver exact", "sde_adams", "maruyama sigma",
+    "ddpm beta_tilde", "euler_ancestral", "euler_ancestral_rf", "sde_dpmpp_2m midpoint", "sde_dpmpp_3m*", "sde_dpmpp",
+    "ancestral heun", "sde_dpm_2m", "sa_solver exact", "sde_adams", "maruyama sigma",
 )  # fmt: skip
 
 

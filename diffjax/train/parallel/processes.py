@@ -118,8 +118,10 @@ def _not_met(cluster: Cluster, waited: float, timeout_s: int) -> Verdict:
 
 
 def _end(verdict: Verdict) -> None:
-    os.write(2, f"diffjax: {verdict.text}\n".encode())
-    os._exit(verdict.code)
+    try:
+        os.write(2, f"diffjax: {verdict.text}\n".encode())
+    finally:
+        os._exit(verdict.code)
 
 
 def place(environ: Mapping[str, str], **flags) -> tuple[int, int]:

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+# One process makes what all of them share.
+pytestmark = pytest.mark.xdist_group("modes")
+
 SCRIPT = """
 import json, jax, jax.numpy as jnp, optax
 from typing import Any, NamedTuple
@@ -17,9 +20,6 @@ from diffjax.train.parallel.activations import constraint
 from diffjax.train.parallel.mesh import batch_groups, batch_sharding, make_mesh, parse_mesh, place_batch
 from diffjax.train.parallel.sharding import state_sharding
 from diffjax.train.parts import prepare
-
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("modes")
 
 DIT = dict(name="dit", patch=2, width=16, depth=1, heads=4, mlp_ratio=2.0)
 UNET = dict(name="unet", width=8, mults=(1, 2), blocks=1, attention=(4,), head_width=4, groups=2)

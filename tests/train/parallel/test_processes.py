@@ -20,6 +20,9 @@ from diffjax.train.parallel import cluster, peers, processes
 from diffjax.train.parallel.cluster import Cluster
 from diffjax.train.parallel.peers import BEAT_S, SILENT_S, Verdict, Watch
 
+# One process makes what all of them share.
+pytestmark = pytest.mark.xdist_group("processes")
+
 # Forks a process for each entry of `{name: arguments}`, which joins, compares `facts`, and says how it went.
 SCRIPT = """
 import json, os, sys
@@ -55,7 +58,7 @@ except ConfigError as error:
     sys.exit(2)
 """
 # Seconds to wait: short where somebody will not come, long where a loaded machine may keep one back.
-WAIT = {"nobody": 4, "missing": 4, "busy": 4, "twice": 6}
+WAIT = {"nobody": 4, "missing": 4, "busy": 4, "twice": 15}
 CASES = {
     "alike": [(2, 0, "0.1"), (2, 1, "0.1")],
     "fails": [(2, 0, "fails"), (2, 1, "fails")],

@@ -18,6 +18,9 @@ from diffjax.train.parallel.sharding import (
     state_sharding,
 )
 
+# One process makes what all of them share.
+pytestmark = pytest.mark.xdist_group("sharding")
+
 
 class State(NamedTuple):
     params: Any
@@ -189,7 +192,6 @@ def run(script, *args):
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["data", "fsdp", "rules"])
 def test_eight_devices_train_as_one(eight, mode):
     # Sums over the batch are added in another order: float32 rounding of values near 1, over 5 steps of Adam.
@@ -214,7 +216,6 @@ def test_mesh_text():
             parse_mesh(text)
 
 
-@pytest.mark.slow
 def test_data_mode_copies_and_fsdp_splits(eight):
     assert all(not spec for spec in eight["data"]["specs"].values())
     specs = eight["fsdp"]["specs"]

@@ -1,5 +1,6 @@
 """One signal is caught, its echo is ignored, and a later one has its usual effect."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -100,7 +101,7 @@ print("end", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.set_wake
 @pytest.mark.parametrize("number", BOTH)
 def test_a_signal_before_the_first_step_ends_the_program_although_no_python_runs(number):
     args = [sys.executable, "-c", EARLY, str(int(number)), "before"]
-    done = subprocess.run(args, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(args, capture_output=True, text=True, timeout=50)
     assert done.returncode == commands.stopped_by(number) == {signal.SIGTERM: RESUME, signal.SIGINT: 130}[number]
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(f"diffjax: {number.name} before the first step; nothing is lost")
@@ -111,3 +112,49 @@ def test_a_signal_after_it_is_caught_and_nothing_stays_behind():
     done = subprocess.run(args, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines() == ["asked None", "asked 15", "end True -1 1"]
+
+
+def test_it_ends_although_nobody_reads_what_it_says():
+    reads, writes = os.pipe()
+    os.close(reads)
+    args = [sys.executable, "-c", EARLY, str(int(signal.SIGINT)), "before"]
+    done = subprocess.run(args, stdout=subprocess.PIPE, stderr=writes, timeout=50)
+    os.close(writes)
+    assert done.returncode == 130 and done.stdout == b""
+
+
+SLOW_TO_TRACE = """
+import hashlib, traceback
+import jax.numpy as jnp
+from diffjax.core import Model
+
+def net(*, shape, num_classes):
+    def apply(params, x, t, y, key=None):
+        if any(frame.name == "compile_step" for frame in traceback.extract_stack()):
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
+        return x + params["b"]
+
+    return Model(lambda key: {"b": jnp.zeros(shape)}, apply, {})
+"""
+
+
+def test_the_command_is_stopped_before_its_first_step_and_starts_again(tmp_path):
+    (tmp_path / "slow_net.py").write_text(SLOW_TO_TRACE)
+    (tmp_path / "config.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict(dict(model=dict(name='slow_net:net'), num_steps=2, batch_size=4))\n"
+    )
+    command = [sys.executable, "-m", "diffjax", "train", "--config=config.py", "--workdir=run"]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "compiling the training step" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == RESUME
+        assert "diffjax: SIGTERM before the first step" in process.stderr.read()
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    (tmp_path / "slow_net.py").write_text(SLOW_TO_TRACE.replace("200_000_000", "1"))
+    assert subprocess.run(command, cwd=tmp_path, env=environ, timeout=100).returncode == 0
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
