@@ -49,7 +49,7 @@ def get_config(arg=None):
     )
     config.model.mults, config.model.attention = levels(arg.size)
 
-    config.optim = ConfigDict(dict(name="adam", lr=1e-3, b2=0.99, clip=1.0, warmup=0 if arg.smoke else 100))
+    config.optim = ConfigDict(dict(name="adam", lr=1e-3, b2=0.99, clip=1.0, warmup=min(100, config.num_steps // 10)))
     config.optim.schedule = "flat_linear(flat=0.5, final=0.02)"
     config.ema = ("power(std=0.1)", "power(std=0.05)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def _setting(flag: str) -> str:
 
     name = flag.lstrip("-").replace("-", "_")
     keys = [key for key in flat(defaults()) if not key.startswith(("sample.", "eval."))]
-    keys = [f"--config.{key}=VALUE" for key in keys if name in (key, key.rpartition(".")[2])]
+    keys = [f"--config.{key}=VALUE" for key in keys if name == key or re.search(rf"[._]{re.escape(name)}$", key)]
     return f"; in the config it is set by {' or '.join(keys)}" if keys else ""
 
 

@@ -371,7 +371,7 @@ COMMANDS = {
         (
             _WORKDIR,
             _EMA,
-            ("--num_samples", dict(type=int, metavar="N", help="samples a seed; default as many as held out, 64-5000")),
+            ("--num_samples", dict(type=int, metavar="N", help="samples a seed; default as many as held out, to 5000")),
             ("--seeds", dict(type=int, metavar="N", help="repetitions with other noise")),
             ("--seed", dict(type=int, metavar="S", help="seed of the first repetition; default 0")),
             ("--samples", dict(metavar="DIR", help="judge samples of `diffjax sample --num`, draw none")),

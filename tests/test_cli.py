@@ -48,6 +48,7 @@ def test_help_lists_every_command_and_flag_with_examples(capsys):
         (["train", "--wrkdir=x"], ["unknown argument '--wrkdir'", "did you mean '--workdir'"]),
         (["train", "--mesh=data=2"], ["unknown argument '--mesh'", "set by --config.mesh=VALUE"]),
         (["train", "--lr=1e-3"], ["set by --config.optim.lr=VALUE"]),
+        (["train", "--steps=100"], ["set by --config.num_steps=VALUE"]),
         (["train", "--batch-size=4"], ["set by --config.batch_size=VALUE"]),
         (["train", *TINY], ["--workdir is missing", "--workdir=runs/digits"]),
         (["train", "--workdir=x"], ["--config is missing", "--config=configs/digits.py"]),

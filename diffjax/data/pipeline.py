@@ -190,8 +190,8 @@ class BatchIterator:
         if self._same_items and had != self.items:
             raise ValueError(
                 f"there are {self.items} images to train on, and there were {had} when this run was saved: what is "
-                "trained on and what is held out changes with the number, so give the data as it was, or start a run "
-                "in another workdir (config.init_from takes the parameters along)"
+                "trained on and what is held out changes with the number, so give the data as it was, go on with "
+                "--allow_changes, or start a run in another workdir (config.init_from takes the parameters along)"
             )
         self.close()
         self.items_before, self._next, self.bad = had, index, {int(i): text for i, text in state.get("bad", ())}

@@ -8,9 +8,10 @@ from diffjax.metrics.arrays import blocks, nearest, pair
 
 
 def closer_to_train(samples, train, heldout) -> float:
-    """Share of the samples nearer to the training set than to the held-out set; 0.5 is ideal, 1 is copying.
+    """Share of the samples nearer to the training set than to the held-out set; M / (M + L) is ideal, 1 is copying.
 
-    Both sets must be of one distribution and about one size; a tie counts one half. Source: Meehan et al. 2020,
+    Both sets must be of one distribution; a tie counts one half. Of M + L images of it the nearest to a new one is as
+    likely to be any, so with sets of one size a half is ideal. Source: Meehan et al. 2020,
     arXiv:2004.05675, whose test this share is the unnormalised form of.
 
     Args:

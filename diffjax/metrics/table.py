@@ -19,7 +19,7 @@ COLUMNS = {
 }
 
 
-def table(rows: Mapping[str, Mapping[str, float]], floor: str = "floor") -> str:
+def table(rows: Mapping[str, Mapping[str, float]], floor: str = "floor", good: Mapping[str, str] | None = None) -> str:
     """Aligned text, one line per row, one column per metric, the second line saying what is good.
 
     Each Frechet distance (a name that starts with `fd_`) is followed by its multiple of the row called `floor`, if
@@ -28,14 +28,16 @@ def table(rows: Mapping[str, Mapping[str, float]], floor: str = "floor") -> str:
     Args:
       rows: name -> metrics, as from `report` and `baseline_rows`; columns come in the order of first appearance.
       floor: name of the row of real data.
+      good: metric -> good direction or value, in place of the usual one, such as that of `closer` for unequal halves.
     """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     columns = [["", "good is", *rows]]
     for name in names:
-        heading, good, factor, decimals = COLUMNS.get(name, (name.replace("fd_", "FD-"), "lower", 1, 3))
+        heading, ideal, factor, decimals = COLUMNS.get(name, (name.replace("fd_", "FD-"), "lower", 1, 3))
+        ideal = (good or {}).get(name, ideal)
         if not name.startswith("fd_") and name not in COLUMNS:
-            good = ""
-        columns.append([heading, good, *(_cell(row.get(name), factor, decimals) for row in rows.values())])
+            ideal = ""
+        columns.append([heading, ideal, *(_cell(row.get(name), factor, decimals) for row in rows.values())])
         unit = rows.get(floor, {}).get(name)
         if name.startswith("fd_") and unit:
             columns.append(["x floor", "1", *(_cell(row.get(name), 1 / unit, 2) for row in rows.values())])

@@ -41,8 +41,8 @@ GUIDANCE_STEPS = 10
 SEED_STRIDE = 1_000_000
 # Samples up to which metrics that compare every pair of them are taken.
 MANY = 5000
-# Samples that show something of a model whose held-out images are few.
-FEW = 64
+# Held-out images below which no metric says much, and samples below which none can be taken.
+FEW, LEAST = 100, 6
 
 
 def evaluate(
@@ -72,7 +72,7 @@ def evaluate(
     Args:
       workdir: of a training run.
       num_samples: samples of each repetition; classes come as often as in the held-out data. 0, the config's default:
-        as many as there are held-out images, which distances are comparable at, but at least `FEW` and at most `MANY`.
+        as many as there are held-out images, which distances are comparable at, but at most `MANY`.
       seeds: repetitions with other noise; with more than one the table has mean and standard deviation.
       batch_size: samples in one call, about; all calls have the same size.
       seed: of the first repetition.
@@ -101,7 +101,7 @@ def evaluate(
     num = num or as_many_as(len(run.dataset.heldout))
     repeats = run.config.eval.seeds if seeds is None else seeds
     batch = run.config.eval.batch_size if batch_size is None else batch_size
-    if num < 6 or repeats < 1 or batch < 1:
+    if num < LEAST or repeats < 1 or batch < 1:
         given = f"num_samples={num}, seeds={repeats}, batch_size={batch}"
         raise ValueError(f"{given}: expected at least 6 samples, 1 seed and 1 sample in a call")
     folder = Path(out) if out is not None else Path(workdir) / "eval"
@@ -132,8 +132,8 @@ def evaluate(
 
 
 def as_many_as(heldout: int) -> int:
-    """How many samples to compare with so many held-out images: as many, from `FEW` to `MANY`."""
-    return min(max(heldout, FEW), MANY)
+    """How many samples to compare with so many held-out images: as many, from `LEAST` to `MANY`."""
+    return min(max(heldout, LEAST), MANY)
 
 
 def evaluate_samples(
@@ -181,6 +181,7 @@ def scored(run, judge: Judge, settings: Settings, drawn: list[Samples], score: C
     return {
         "rows": ours(settings, drawn[0], scores),
         "each_seed": scores,
+        "new": len(judge.protocol.train) / (len(judge.protocol.train) + len(judge.protocol.heldout)),
         "floor": {"metric": judge.headline, "mean": judge.floor[0], "std": judge.floor[1]},
         "notes": [
             *judge.notes,
@@ -192,12 +193,15 @@ def scored(run, judge: Judge, settings: Settings, drawn: list[Samples], score: C
 
 def notes_on_size(num: int, heldout: int) -> list[str]:
     """A warning where the number of samples makes distances incomparable with the floor's."""
-    if abs(num - heldout) <= 0.02 * heldout:
-        return []
-    return [
-        f"{num} samples against {heldout} held-out images: Frechet distances and C2ST depend on both numbers, so "
-        f"compare with other rows only at {heldout} samples"
-    ]
+    notes = []
+    if heldout < FEW:
+        notes.append(f"{heldout} held-out images: too few for any of these numbers to say much; look at the pictures")
+    if abs(num - heldout) > 0.02 * heldout:
+        notes.append(
+            f"{num} samples against {heldout} held-out images: Frechet distances and C2ST depend on both numbers, so "
+            f"compare with other rows only at {heldout} samples (--num_samples={heldout})"
+        )
+    return notes
 
 
 def notes_on_guidance(run) -> list[str]:
@@ -405,7 +409,7 @@ def summary(report: dict, folder: Path) -> str:
     value = next(iter(report["rows"].values()))[metric]
     spent, seconds = report["cost"], "".join(f"; {each:.1f} s for all" for each in report["sampling_seconds"][:1])
     lines = [
-        reports.table(report["rows"], title=title),
+        reports.table(report["rows"], title=title, new=report.get("new", 0.5)),
         *(f"note: {note}" for note in report["notes"]),
         f"{reports.SHOWN[metric][0]} is {value / floor['mean']:.2f} times the halves floor {floor['mean']:.3f} +- "
         f"{floor['std']:.3f}: the distance of two random halves of the real images, over ten halvings",

@@ -19,25 +19,28 @@ SHOWN = {
     "fd_pixels": ("FD-pixels", "the same on raw pixels in [0, 1]"),
     "mmd2": ("MMD2 e3", "squared maximum mean discrepancy of pixels (RBF kernel, unbiased), times 1000"),
     "c2st": ("C2ST", "how well nearest neighbours tell samples from held-out images: 0.5 = not at all, 1 = always"),
-    "closer": ("closer", "share of the samples nearer to training than to held-out images: 0.5 = new, 1 = copies"),
+    "closer": ("closer", "share of the samples nearer to training than to held-out images: {new} = new, 1 = copies"),
     "recall": ("recall", "share of the held-out images that the samples surround: variety"),
     "accuracy": ("acc", "share of the samples that an independent classifier reads as the class asked for"),
 }
 
 
-def table(rows: Mapping[str, Mapping], *, title: str) -> str:
+def table(rows: Mapping[str, Mapping], *, title: str, new: float = 0.5) -> str:
     """Aligned text: a title, the rows under headings that say which direction is good, and what the metrics mean.
 
     Args:
       rows: `{name: {metric: value}}`, the metrics of `diffjax.metrics.report`; what is missing is a dash.
       title: the first line.
+      new: the share of training images among all, which `closer` is for samples that copy nothing.
     """
+    told = f"{new:.2g}"
     shown = [key for key in SHOWN if any(key in row for row in rows.values())]
     # No row is named "": multiples of the floor would double the width.
-    body = metrics.table({name: {key: row[key] for key in shown if key in row} for name, row in rows.items()}, floor="")
+    cells = {name: {key: row[key] for key in shown if key in row} for name, row in rows.items()}
+    body = metrics.table(cells, floor="", good={"closer": told})
     lines = body.split("\n")
     rule = "-" * max(map(len, lines))
-    meaning = [f"{SHOWN[key][0]:10} {SHOWN[key][1]}" for key in shown]
+    meaning = [f"{SHOWN[key][0]:10} {SHOWN[key][1].replace('{new}', told)}" for key in shown]
     return "\n".join([title, rule, *lines[:2], rule, *lines[2:], rule, *meaning])
 
 

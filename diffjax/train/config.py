@@ -357,7 +357,7 @@ _RANGES = {
     "sample.steps": _at_least(1),
     "sample.guidance": (math.isfinite, "finite (1 turns guidance off)"),
     "sample.interval": ((lambda v: len(v) == 2 and 0.0 <= v[0] < v[1]), "(low, high) of sigma/alpha, 0 <= low < high"),
-    "eval.num_samples": ((lambda v: v == 0 or v >= 6), "at least 6, or 0 for as many as are held out (64 to 5000)"),
+    "eval.num_samples": ((lambda v: v == 0 or v >= 6), "at least 6, or 0 for as many as are held out (to 5000)"),
     "eval.seeds": _at_least(1),
     "eval.batch_size": _at_least(1),
 }

@@ -109,6 +109,8 @@ def train(
             asks = f"the config asks for {last_step(config)}"
             note(session, step, f"{workdir} is at step {step}, and {asks}: nothing to do")
             return Result(step, None)
+        if step:
+            note(session, step, f"going on from step {step} of {last_step(config)}")
         if text := saving.stretched(stored, config, step, parts.lr):
             note(session, step, text)
         if processes.is_first():
@@ -155,7 +157,9 @@ def advance(session: Session, clock: Clock, step: int, state: TrainState, asked:
         session.terminal.advance(step)
         if session.peers:
             session.peers.step(step)
-        number = number or asked(step)
+        if not number and (number := asked(step)):
+            told = f"{signal.Signals(number).name}: saving step {step}"
+            note(session, step, told if session.peers else f"{told}; a second signal ends the run at once")
         if pending:
             # The device already works on the next step, so fetching this window costs it nothing.
             pending = report(session, clock, state, *pending)
