@@ -19,12 +19,12 @@ kept = runtime.keep_freed_memory() if sys.argv[1] == "keep" else None
 import jax.numpy as jnp, jax
 x = jnp.ones((3072, 3072))
 add = jax.jit(lambda x: x + 1)
-for _ in range(10):
+for _ in range(40):
     add(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(40):
     add(x).block_until_ready()
-print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10 / (x.nbytes / 4096))
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 40 / (x.nbytes / 4096))
 """
 
 
