@@ -10,7 +10,7 @@ Other settings after the colon: `:steps=8000` (default 3000), `:batch=64`, `:wid
 left and right differ, as in text), `:grey` (one channel), `:labels=False` (folders are no classes), `:seed=1`, and
 `:smoke` (a minute, most of it compilation; no quality).
 
-Cost: with `size=24,grey,width=16,batch=16` 358 k parameters and 0.15 s of CPU time a step, half a minute or more to
+Cost: with `size=24,grey,width=16,batch=16` 358 k parameters and 0.15 s of CPU time a step, half a minute to two to
 compile. Width and batch of 32 cost about eight times as much: for a GPU.
 Expected: with these, and scikit-image's 100 faces of 25 x 25 pixels (`lfw_subset`), rough faces after 500 steps. A
 folder of a hundred images is soon known by heart: look at the closest training images of `diffjax eval`, and stop

@@ -181,7 +181,7 @@ def scored(run, judge: Judge, settings: Settings, drawn: list[Samples], score: C
     return {
         "rows": ours(settings, drawn[0], scores),
         "each_seed": scores,
-        "new": len(judge.protocol.train) / (len(judge.protocol.train) + len(judge.protocol.heldout)),
+        "closer_if_new": len(judge.protocol.train) / (len(judge.protocol.train) + len(judge.protocol.heldout)),
         "floor": {"metric": judge.headline, "mean": judge.floor[0], "std": judge.floor[1]},
         "notes": [
             *judge.notes,
@@ -409,7 +409,7 @@ def summary(report: dict, folder: Path) -> str:
     value = next(iter(report["rows"].values()))[metric]
     spent, seconds = report["cost"], "".join(f"; {each:.1f} s for all" for each in report["sampling_seconds"][:1])
     lines = [
-        reports.table(report["rows"], title=title, new=report.get("new", 0.5)),
+        reports.table(report["rows"], title=title, new=report["closer_if_new"]),
         *(f"note: {note}" for note in report["notes"]),
         f"{reports.SHOWN[metric][0]} is {value / floor['mean']:.2f} times the halves floor {floor['mean']:.3f} +- "
         f"{floor['std']:.3f}: the distance of two random halves of the real images, over ten halvings",

@@ -25,7 +25,7 @@ SHOWN = {
 }
 
 
-def table(rows: Mapping[str, Mapping], *, title: str, new: float = 0.5) -> str:
+def table(rows: Mapping[str, Mapping], *, title: str, new: float) -> str:
     """Aligned text: a title, the rows under headings that say which direction is good, and what the metrics mean.
 
     Args:

@@ -158,8 +158,7 @@ def advance(session: Session, clock: Clock, step: int, state: TrainState, asked:
         if session.peers:
             session.peers.step(step)
         if not number and (number := asked(step)):
-            told = f"{signal.Signals(number).name}: saving step {step}"
-            note(session, step, told if session.peers else f"{told}; a second signal ends the run at once")
+            note(session, step, f"{signal.Signals(number).name}: saving step {step} ...")
         if pending:
             # The device already works on the next step, so fetching this window costs it nothing.
             pending = report(session, clock, state, *pending)

@@ -56,3 +56,11 @@ def test_equal_distributions_have_density_one_and_the_expected_coverage():
 def test_a_neighbour_that_does_not_exist_is_refused(metric, k):
     with pytest.raises(ValueError, match=f"k={k} with 9 samples and 4 reference points; expected 1 .. 3"):
         metric(np.zeros((9, 2)), np.zeros((4, 2)), k)
+
+
+def test_of_new_samples_as_many_are_closer_as_the_training_images_are_of_all():
+    rng = np.random.default_rng(0)
+    found = [closer_to_train(*(rng.normal(size=(n, 3)) for n in (50, 90, 10))) for _ in range(200)]
+    # Four standard errors of 200 independent draws; a half would be ten times as far off.
+    error = 4 * np.std(found) / np.sqrt(200)
+    assert abs(np.mean(found) - 0.9) < error < (0.9 - 0.5) / 10

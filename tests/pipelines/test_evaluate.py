@@ -159,12 +159,15 @@ def test_a_run_without_null_class_is_judged_but_not_guided(monkeypatch, tmp_path
 
 
 def test_the_summary_tells_the_two_floors_apart(tmp_path):
-    rows = {"ours": {"fd_relu": 0.3}, evaluation.NAMES["floor"]: {"fd_relu": 0.12}}
+    rows = {"ours": {"fd_relu": 0.3, "closer": 1.0}, evaluation.NAMES["floor"]: {"fd_relu": 0.12}}
     report = {"num_samples": 898, "data": "digits()", "floor": {"metric": "fd_relu", "mean": 0.1, "std": 0.01},
               "rows": rows, "cost": {"steps": 1, "evaluations": 1}, "sampling_seconds": [1.0], "notes": [],
-              "seconds": {"all": 1.0}}
+              "seconds": {"all": 1.0}, "closer_if_new": 90 / 97}
     shown = evaluation.summary(report, tmp_path)
     assert "FD-relu is 3.00 times the halves floor 0.100 +- 0.010" in shown and shown.count("split floor") == 2
+    # In the table and in its legend, where the halves are not of one size.
+    [good] = [line.split() for line in shown.splitlines() if line.startswith("good is")]
+    assert good[-1] == "0.93" and "held-out images: 0.93 = new, 1 = copies" in shown
 
 
 def test_sample_refuses_classes_that_the_data_does_not_have(monkeypatch, tmp_path):
