@@ -105,7 +105,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str,
         flags = [flag for flag, _ in command.flags]
         given = unknown[0].partition("=")[0]
         hint = _setting(given) if "--config" in flags else ""
-        hint = hint or registry.nearest(given, flags)
+        twin = {"--workdir": "--out", "--out": "--workdir"}.get(given)
+        hint = hint or (f"; did you mean {twin!r}?" if twin in flags else registry.nearest(given, flags))
         raise UsageError(f"{name}: unknown argument {given!r}; flags: {', '.join(flags)}{hint}")
     return arguments, overrides
 

@@ -393,7 +393,7 @@ COMMANDS = {
         (
             _WORKDIR,
             ("--classes", dict(type=_numbers(int), metavar="C,C", help="labels; default every class")),
-            ("--seeds", dict(type=_numbers(int), metavar="S,S", help="one sample of each class for each seed")),
+            ("--seeds", dict(type=_numbers(int), metavar="S,S", help="a sample of each class a seed; default 0 to 9")),
             ("--num", dict(type=int, metavar="N", help="N samples in all, in a folder of shards; resumable")),
             ("--seed", dict(type=int, metavar="S", help="with --num: seed of the first sample; default 0")),
             ("--labels", dict(choices=("balanced", "random"), help="with --num: classes in turn, or drawn")),

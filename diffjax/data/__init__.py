@@ -1,6 +1,7 @@
 """Data sets, augmentation and the input pipeline."""
 
 from diffjax.data.errors import Unreadable, UnreadableError, WorkerError
+from diffjax.data.facts import facts_of, without_items
 from diffjax.data.latents import latents
 from diffjax.data.mixture import mix, mixture
 from diffjax.data.pipeline import AUGMENTS, BatchIterator, batches
@@ -34,6 +35,7 @@ __all__ = [
     "arrays",
     "batches",
     "digits",
+    "facts_of",
     "folder",
     "latents",
     "mix",
@@ -42,4 +44,5 @@ __all__ = [
     "synthetic",
     "tar",
     "tfds",
+    "without_items",
 ]

@@ -62,23 +62,24 @@ class LatentPixels:
     """From normalised latents to 8-bit images: through a decoder, or the first channels as they are.
 
     Attributes:
-      decode: `(latents [N, h, w, c]) -> images [N, H, W, C]` in `[-1, 1]`, or None.
+      decode: spec of a function of latents `[N, h, w, c]`, to images `[N, H, W, C]` in `[-1, 1]`; or "".
       mean, scale: see `LatentSource`.
       span: the latents that are shown as white, and minus it as black, where there is no decoder.
       high: 255.
     """
 
-    def __init__(self, decode: Callable | None, mean, scale, span: float):
+    def __init__(self, decode: str, mean, scale, span: float):
         self.decode, self.mean, self.scale, self.span, self.high = decode, mean, scale, span, 255
+        self._fn = callable_of(decode, "decode") if decode else None
 
     def __call__(self, x) -> np.ndarray:
         """`uint8 [..., H, W, C]` of normalised latents `[..., h, w, c]`; without a decoder C is 3 or 1."""
         x = np.asarray(x, np.float32)
-        if self.decode is None:
+        if self._fn is None:
             shown = 3 if x.shape[-1] >= 3 else 1
             return Pixels(255)((x / self.span)[..., :shown])
         flat = x.reshape(-1, *x.shape[-3:]) / self.scale + self.mean
-        images = np.asarray(self.decode(flat), np.float32)
+        images = np.asarray(self._fn(flat), np.float32)
         return Pixels(255)(images.reshape(*x.shape[:-3], *images.shape[1:]))
 
 
@@ -107,9 +108,7 @@ def latents(path: str, *, std: float = 0.5, decode: str = "") -> Dataset:
         scale = np.float32(std) / np.where(spread > 0, spread, 1)
     source = lambda split: _source(root, index["splits"][split], mean, scale)
     # Three standard deviations reach from grey to white.
-    pixels = LatentPixels(
-        callable_of(decode, "decode") if decode else None, mean, scale, float(3 * (std or spread.max()))
-    )
+    pixels = LatentPixels(decode, mean, scale, float(3 * (std or spread.max())))
     return Dataset(source("train"), source("heldout"), tuple(index["shape"]), index["num_classes"], pixels)
 
 

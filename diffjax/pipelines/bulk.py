@@ -107,7 +107,7 @@ def sample_many(
     from diffjax.train.state import load_run
 
     check_numbers(num, seed, shard_size, batch_size, part, labels)
-    run = load_run(os.fspath(workdir), ema=ema, step=step, data=data)
+    run = load_run(os.fspath(workdir), ema=ema, step=step, data=data, items=False)
     chosen = settings_for(run, **settings)
     folder = Path(out) if out is not None else Path(workdir) / f"samples-{num}"
     index = {

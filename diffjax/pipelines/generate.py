@@ -80,7 +80,7 @@ def generate(
     """
     from diffjax.train.state import load_run
 
-    run = load_run(os.fspath(workdir), ema=ema, step=step, data=data)
+    run = load_run(os.fspath(workdir), ema=ema, step=step, data=data, items=False)
     settings = settings_for(
         run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
     )

@@ -14,7 +14,7 @@ from diffjax.train.parts import Parts
 from diffjax.train.state import Run, opened
 
 ROWS, COLUMNS = 4, 10
-LEAST_SIDE = 32  # pixels that an image is enlarged to, by a whole factor
+LEAST_SIDE = 64  # pixels that an image is enlarged to, by a whole factor
 
 
 def preview(config: ConfigDict, parts: Parts) -> Callable[[dict, int], np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from diffjax.registry import nearest
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel import sharding
 from diffjax.train.parallel.activations import constrained, named_axes
-from diffjax.train.parallel.mesh import AXES, batch_groups
+from diffjax.train.parallel.mesh import AXES, BATCH_AXES
 
 DRAWS = 4096
 
@@ -69,25 +71,40 @@ def check_times(config: ConfigDict, schedule: Any, time: Any) -> None:
         )
 
 
-def check_devices(config: ConfigDict, parts: Any) -> None:
-    """The batch, the mesh and the sharding against each other, the network and the devices of this machine.
+def fitting_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of a filled config over the devices that are here, which its batch divides over.
 
     Raises:
-      ConfigError: if the mesh does not fit the devices or its axes have no use, the batch or a microbatch does not
-        divide, or the network's rules do not fit the mesh.
+      ConfigError: for text that is no mesh, axes that no network knows, sizes that do not fit the devices, or as
+        `check_batch`.
     """
-    given = f"config.sharding is {config.sharding!r} and config.mesh is {config.mesh!r}: "
+    given = f"config.mesh is {config.mesh!r}: "
     try:
-        mesh = sharding.make_mesh(sharding.parse_mesh(config.mesh))
+        axes = sharding.parse_mesh(config.mesh)
     except ValueError as error:
-        raise ConfigError(f"config.mesh is {config.mesh!r}: {error}") from error
-    _check_axes(config, parts.model, mesh, given)
-    groups = batch_groups(mesh)
+        raise ConfigError(f"{given}{error}") from error
+    known_axes(config.mesh, axes)
+    try:
+        mesh = sharding.make_mesh(axes)
+    except ValueError as error:
+        more = "; `diffjax inspect --mesh=...` plans a run for devices that are not here"
+        raise ConfigError(f"{given}{error}{more}") from error
+    check_batch(config, mesh.shape)
+    return mesh
+
+
+def check_batch(config: ConfigDict, axes: Mapping[str, int]) -> None:
+    """The batch and the microbatch against the sizes of a mesh's axes.
+
+    Raises:
+      ConfigError: if one of them does not divide.
+    """
+    groups = math.prod(size for axis, size in axes.items() if axis in BATCH_AXES)
     rows = config.batch_size // groups
     if config.batch_size % groups:
         raise ConfigError(
             f"config.batch_size is {config.batch_size}; it must be a multiple of the {groups} devices or groups of "
-            f"devices that the mesh {dict(mesh.shape)} splits it over; "
+            f"devices that the mesh {dict(axes)} splits it over; "
             "edit the config file or pass --config.batch_size=VALUE"
         )
     if config.microbatch and rows % config.microbatch:
@@ -95,6 +112,28 @@ def check_devices(config: ConfigDict, parts: Any) -> None:
             f"config.microbatch is {config.microbatch}; it must divide the {rows} rows that each of {groups} groups of "
             f"devices has of the {config.batch_size} of a batch; edit the config file or pass --config.microbatch=VALUE"
         )
+
+
+def known_axes(mesh: str, axes: Mapping[str, int] | None) -> None:
+    """Refuses axes that nothing is split over.
+
+    Raises:
+      ConfigError: for the first of them.
+    """
+    unknown = [axis for axis in axes or () if axis not in AXES]
+    if unknown:
+        known = f"known: {', '.join(AXES)}{nearest(unknown[0], AXES)}"
+        raise ConfigError(f"config.mesh is {mesh!r}: unknown mesh axis {unknown[0]!r}; {known}")
+
+
+def check_mesh(config: ConfigDict, parts: Any, mesh: jax.sharding.Mesh) -> None:
+    """The mesh and the sharding against the network.
+
+    Raises:
+      ConfigError: if axes of the mesh have no use, or the network's rules do not fit it.
+    """
+    given = f"config.sharding is {config.sharding!r} and config.mesh is {config.mesh!r}: "
+    _check_axes(config, parts.model, mesh, given)
     sequence = mesh.shape.get("sequence", 1) > 1
     if config.sharding != "rules" and not sequence:
         return
@@ -114,10 +153,6 @@ def _check_axes(config, model, mesh, given) -> None:
         "tensor": config.sharding == "rules" and "tensor" in named_axes(model.rules),
         "sequence": config.sharding != "pmap" and "sequence" in named_axes(model.activations),
     }
-    unknown = [axis for axis in mesh.axis_names if axis not in AXES]
-    if unknown:
-        known = f"known: {', '.join(AXES)}{nearest(unknown[0], AXES)}"
-        raise ConfigError(f"config.mesh is {config.mesh!r}: unknown mesh axis {unknown[0]!r}; {known}")
     for axis, use in used.items():
         if mesh.shape.get(axis, 1) > 1 and not use:
             why = "only transformers, such as 'dit', have tokens to split" if axis == "sequence" else "take 'rules'"

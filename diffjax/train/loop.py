@@ -38,7 +38,7 @@ from diffjax.train.session import (
 )
 from diffjax.train.state import TrainState
 from diffjax.train.survival import guard, history, recovery, saving
-from diffjax.train.survival.workdir import locked, note_changes, refuse_changes, write_config
+from diffjax.train.survival.workdir import locked, note_changes, refuse_changes, write_config, write_data_facts
 
 
 class Result(NamedTuple):
@@ -70,8 +70,8 @@ def train(
 
     Args:
       config: as `diffjax.train.config.defaults`; missing keys take their defaults.
-      workdir: made if absent. Gets `config.json`, `checkpoints/`, `metrics.jsonl`, `summary.json`, `curves.png` and, if
-        asked for, TensorBoard files, samples and a profile.
+      workdir: made if absent. Gets `config.json`, `data.json`, `checkpoints/`, `metrics.jsonl`, `summary.json`,
+        `curves.png` and, if asked for, TensorBoard files, samples and a profile.
       stream: where progress is written; default `sys.stderr`.
       preview: `(config, parts) -> picture` with `picture(params, step) -> uint8 [H, W, 1 or 3]`, what to draw every
         `config.sample_every` steps, such as `diffjax.pipelines.preview.preview`; default nothing.
@@ -119,6 +119,7 @@ def train(
             for text in changed:
                 note(session, step, text)
             write_config(workdir, config)
+            write_data_facts(workdir, parts.dataset)
         note(session, step, opening(config, parts))
         session = with_programs(session, step, state, preview)
         return recovery.persist(functools.partial(run, asked=asked), session, step, state)
@@ -244,6 +245,7 @@ def conclude(session: Session, clock: Clock, step: int, state: TrainState) -> No
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "devices": f"{session.mesh.size} {session.mesh.devices.flat[0].device_kind}",
         "checkpoints": session.checkpoints.steps(),
+        "compile_seconds": round(session.compiling, 1),
     }
     try:
         text = summarize(session.workdir, facts, clock.seconds())

@@ -67,14 +67,19 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Parts]:
       ConfigError: as `resolve`.
     """
     resolved = fill(config)
-    parts = assemble(resolved)
     # Not in `assemble`: a run may be opened for inference on other devices than it was trained on.
-    checks.check_devices(resolved, parts)
+    mesh = checks.fitting_mesh(resolved)
+    parts = assemble(resolved)
+    checks.check_mesh(resolved, parts, mesh)
     return resolved, parts
 
 
-def assemble(config: ConfigDict) -> Parts:
+def assemble(config: ConfigDict, dataset: Any = None) -> Parts:
     """The objects that a filled config names; the network is only traced, no parameter is allocated.
+
+    Args:
+      config: filled.
+      dataset: what `config.data` names, where it is known without opening it; see `diffjax.data.without_items`.
 
     Raises:
       ConfigError: for an unknown name, or settings that do not fit together.
@@ -96,11 +101,12 @@ def assemble(config: ConfigDict) -> Parts:
             averages[spec] = registry.build(spec, optim.EMAS, "ema")
     with naming("config.ema_snapshots"):
         optim.snapshots.check(config.ema_snapshots, config.ema)
-    dataset = _build(config, "data", data.SOURCES)
+    opened = dataset is None
+    dataset = _build(config, "data", data.SOURCES) if opened else dataset
     checks.check_guidance(config, dataset.num_classes)
     with naming("config.augment"):
         augment = tuple(registry.build(spec, data.AUGMENTS, "augmentation") for spec in config.augment)
-    if config.batch_size > len(dataset.train):
+    if opened and config.batch_size > len(dataset.train):
         raise ConfigError(
             f"config.batch_size is {config.batch_size}; it must be at most the {len(dataset.train)} training items"
             + FIX.format(path="config.batch_size")

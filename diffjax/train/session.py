@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
@@ -38,6 +39,7 @@ class Session(NamedTuple):
       terminal, files: the writers for a person, and those that leave files.
       writer: both.
       programs: the compiled step and what belongs to it.
+      compiling: seconds that the compiled step took to make.
       picture: `(params, step) -> image`, every `sample_every` steps, or None.
       windows: of metrics on the host, reported since the last checkpoint.
       profile: the trace of chosen steps.
@@ -56,6 +58,7 @@ class Session(NamedTuple):
     files: Any = None
     writer: Any = None
     programs: Programs | None = None
+    compiling: float = 0.0
     picture: Callable | None = None
     windows: list | None = None
     profile: Any = None
@@ -111,12 +114,14 @@ def with_programs(session: Session, step: int, state: TrainState, preview: Calla
     config, parts = session.config, session.parts
     session.checkpoints.reserve(state)
     note(session, step, "compiling the training step ...")
+    begun = time.perf_counter()
     programs = compile_step(config, parts, session.mesh, session.places)
+    session = session._replace(programs=programs, compiling=time.perf_counter() - begun)
     processes.meet("compiled")
     picture = preview(config, parts) if preview and config.sample_every else None
     if config.ema_snapshots:
         note(session, step, snapshots.cost(config.ema_snapshots, last_step(config), state.ema))
-    return session._replace(programs=programs, picture=picture)
+    return session._replace(picture=picture)
 
 
 def note(session: Session, step: int, text: str) -> None:

@@ -18,7 +18,7 @@ from diffjax.train.errors import ConfigError
 from diffjax.train.objectives import trained_schedule
 from diffjax.train.optim import schedule_free, snapshots
 from diffjax.train.parts import Parts, assemble
-from diffjax.train.survival.workdir import read_config
+from diffjax.train.survival.workdir import read_config, read_data_facts
 
 
 class TrainState(NamedTuple):
@@ -89,7 +89,7 @@ def abstract_state(parts: Parts) -> TrainState:
 
 
 def load_run(
-    workdir: str, *, ema: str | None = None, step: int | str | None = None, data: str | None = None
+    workdir: str, *, ema: str | None = None, step: int | str | None = None, data: str | None = None, items: bool = True
 ) -> Run:
     """Opens a run for inference.
 
@@ -103,6 +103,8 @@ def load_run(
         since the checkpoint before it, of the raw parameters as they were trained: not of the average, nor on held-out
         data.
       data: the same data where they lie now, if `config.data` no longer finds them.
+      items: whether the images themselves are needed. Without them, and without `data`, the run's own note of what it
+        was trained on is enough, and the `dataset` has None for its sources.
 
     Raises:
       ConfigError: if there is no run, no such average or no such checkpoint.
@@ -112,7 +114,7 @@ def load_run(
     config = read_config(workdir)
     config.data = data or config.data
     chosen = choose_ema(config, ema)
-    parts = assemble(config)
+    parts = assemble(config, None if items or data else read_data_facts(workdir))
     run = Run(config, parts.dataset, parts.model, {}, parts.schedule, parts.head, 0, chosen)
     if snapshots.is_posthoc(chosen):
         try:

@@ -19,7 +19,8 @@ def summarize(workdir: str, facts: Mapping[str, Any], seconds: Mapping[str, floa
 
     Args:
       workdir: of the run, with its `metrics.jsonl`.
-      facts: `step`, `last_step`, `batch_size`, `parameters`, `checkpoints` (saved steps) and what else to record.
+      facts: `step`, `last_step`, `batch_size`, `parameters`, `checkpoints` (saved steps), `compile_seconds` and what
+        else to record.
       seconds: wall clock by kind, `total` among them, of this start of the run.
     """
     from diffjax import viz
@@ -57,7 +58,8 @@ def _lines(told: Mapping[str, Any], workdir: str):
     shares = ", ".join(f"{kind} {100 * s / total:.1f} %" for kind, s in seconds.items() if kind != "total")
     yield (
         f"step {facts['step']} of {facts['last_step']}: {facts['parameters']:,} parameters, "
-        f"batch {facts['batch_size']}, {duration(total)} ({shares})"
+        f"batch {facts['batch_size']}, {duration(total)} ({shares}) after {duration(facts['compile_seconds'])} of "
+        "compiling"
     )
     if loss:
         yield (

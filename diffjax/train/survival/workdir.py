@@ -1,4 +1,4 @@
-"""The folder of a run: one writer at a time, and the config that the run was started with."""
+"""The folder of a run: one writer at a time, the config that the run was started with, and what its data are."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffjax import files
+from diffjax import data, files
 from diffjax.train import config as configs
 from diffjax.train.errors import ConfigError, WorkdirError
 
 CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
 LOCK_FILE = "lock"
 HISTORY_FILE = "config_history.jsonl"
 
@@ -53,8 +55,8 @@ def refuse_changes(workdir: str, config: ConfigDict, *, allow: bool = False) -> 
         if changed and not allow:
             raise ConfigError(
                 f"{workdir!r} holds a run with another config (stored -> given): {'; '.join(changed)}; "
-                "give the stored values to go on with it, --allow_changes to go on with the given ones, or another "
-                "--workdir to start afresh"
+                "give the stored values to go on with it, another --workdir to start afresh, or, where the network's "
+                "parameters keep their shapes, --allow_changes to go on with the given ones"
             )
     return stored
 
@@ -81,6 +83,29 @@ def note_changes(
 def write_config(workdir: str, config: ConfigDict) -> None:
     """Writes `config.json` in one move, so that a reader never sees half of it."""
     files.write_text(os.path.join(workdir, CONFIG_FILE), configs.to_json(config) + "\n", tag="run")
+
+
+def write_data_facts(workdir: str, dataset: Any) -> None:
+    """Writes `data.json`: of the data set what drawing samples takes, or null where that cannot be described."""
+    text = json.dumps(data.facts_of(dataset), indent=2) + "\n"
+    files.write_text(os.path.join(workdir, DATA_FILE), text, tag="run")
+
+
+def read_data_facts(workdir: str) -> Any | None:
+    """The data set that a run was trained on, without its items; None where the run has no note of it.
+
+    Raises:
+      ConfigError: if the note cannot be read, or its decoder of latents cannot be imported.
+    """
+    path = os.path.join(workdir, DATA_FILE)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as stream:
+            facts = json.load(stream)
+        return None if facts is None else data.without_items(facts)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; if it is damaged delete it, and the data themselves are opened") from error
 
 
 def locked(workdir: str) -> contextlib.AbstractContextManager[None]:

@@ -5,6 +5,7 @@ import json
 from diffjax.train.monitor.summary import summarize
 
 FACTS = dict(step=30, last_step=40, batch_size=16, parameters=1234567, devices="1 cpu", checkpoints=[20, 30])
+FACTS["compile_seconds"] = 61.2
 
 
 def row(step, loss, **rest):
@@ -17,6 +18,7 @@ def test_a_summary_tells_losses_rates_and_where_the_time_went(tmp_path):
     )
     text = summarize(str(tmp_path), FACTS, {"total": 3723.0, "input": 372.3, "checkpoints": 37.23})
     assert "step 30 of 40: 1,234,567 parameters, batch 16, 1:02:03 (input 10.0 %, checkpoints 1.0 %)" in text
+    assert "checkpoints 1.0 %) after 1:01 of compiling" in text
     assert "loss 2 -> 0.75, least 0.5 in the window that ends at step 20" in text
     assert "2000 images/s, 5 ms a step, 3 GiB at most" in text and "checkpoints: 20, 30" in text
     told = json.loads((tmp_path / "summary.json").read_text())

@@ -74,6 +74,15 @@ def test_a_run_is_opened_where_its_data_lie_now(tmp_path):
     (tmp_path / "set.npz").rename(tmp_path / "moved.npz")
     with pytest.raises(ConfigError, match="config.data: .*set.npz"):
         load_run(str(tmp_path / "run"))
+    # For samples the run's own note of its data is enough.
+    known = load_run(str(tmp_path / "run"), items=False).dataset
+    assert (known.train, known.shape, known.num_classes, known.to_pixels.high) == (None, (4, 4, 1), 0, 255)
+    (tmp_path / "run" / "data.json").write_text("null")
+    with pytest.raises(ConfigError, match="config.data: .*set.npz"):
+        load_run(str(tmp_path / "run"), items=False)
+    (tmp_path / "run" / "data.json").write_text('{"shape": ')
+    with pytest.raises(ConfigError, match="data.json: .*if it is damaged delete it"):
+        load_run(str(tmp_path / "run"), items=False)
     given = run_settings(str(tmp_path / "run"), {"data": after}, ("sample",))
     assert load_run(str(tmp_path / "run"), **given).dataset.shape == (4, 4, 1)
     with pytest.raises(UsageError, match="only config.sample.* and config.data, where the same data lie now"):

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from diffjax.train import checks
 from diffjax.train import config as configs
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel.flops import Flops
@@ -102,6 +103,8 @@ def plan(config: ConfigDict, mesh: str, *, sharding: str | None = None) -> Plan:
         if config.get("accumulate_loop", "auto") == "auto":
             # On the CPU that compiles here it would be unrolled, as on no accelerator.
             config.accumulate_loop = "scan"
+    checks.known_axes(mesh, axes)
+    checks.check_batch(configs.fill(config), axes)
     with tempfile.TemporaryDirectory(prefix="diffjax-plan-") as folder:
         job = {"config": configs.to_json(config), "folder": folder, "devices": devices}
         done = subprocess.run(
