@@ -25,7 +25,7 @@ run: setup  ## train on scikit-learn's digits, evaluate, draw
 
 test: setup  ## lint and the fast tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not faults"
 
 slow: setup  ## tests that train for minutes, and more cases of the others
 	$(BIN)/python -m pytest -m slow

@@ -43,7 +43,8 @@ def take(iterator, n):
     return [{k: np.array(v) for k, v in next(iterator).items()} for _ in range(n)]
 
 
-@pytest.mark.parametrize("counts", [dict(workers=1, threads=2), dict(workers=2, prefetch=1)])
+@pytest.mark.often("two")
+@pytest.mark.parametrize("counts", [dict(workers=1, threads=2), dict(workers=2, prefetch=1)], ids=["one", "two"])
 def test_any_number_of_workers_gives_the_same_bits_and_takes_up_the_state_of_any_other(pictures, counts):
     make = lambda **kw: batches(random_views(pictures), 6, seed=1, augment=AUGMENT, **kw)
     want = take(make(), 9)

@@ -15,9 +15,6 @@ import pytest
 from diffjax.train.checkpoint import open_checkpoints
 from diffjax.train.errors import RESUME
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("faults")
-
 ROOT = Path(__file__).parents[2]
 STEPS = 120
 EVERY = 10

@@ -159,7 +159,8 @@ def test_dps_is_the_gradient_of_the_residual(x64):
     miss = jax.jit(lambda x: jnp.linalg.norm(y - forward(MIXTURE.denoise(x, level).x0), axis=-1))
     slope = np.stack([(miss(x + h * e) ** 2 - miss(x - h * e) ** 2) / (2 * h) for e in np.eye(3)], -1)
     correction = 0.7 * slope / miss(x)[:, None]
-    guided, plain = dj.dps(MIXTURE.denoise, forward, y, 0.7)(x, level), MIXTURE.denoise(x, level)
+    methods = dj.dps(MIXTURE.denoise, forward, y, 0.7), MIXTURE.denoise
+    guided, plain = (jax.jit(lambda x, f=f: f(x, level))(x) for f in methods)
     np.testing.assert_allclose(plain.x0 - guided.x0, correction, atol=1e-7)
     np.testing.assert_allclose(level.alpha * guided.x0 + level.sigma * guided.eps, x, atol=1e-10)
     # The algorithm as printed subtracts the same from the result of a step, whatever the solver.
@@ -173,8 +174,8 @@ def test_dps_is_the_gradient_of_the_residual(x64):
         np.testing.assert_allclose(runs[0](x) - runs[1](x), correction, atol=1e-7)
     # On the last step the two forms are one.
     last = dj.Level(*(np.stack([a, b]) for a, b in zip(level, grid.at(-1), strict=True)))
-    printed = dj.sample(dj.dps_update(dj.euler(), forward, y, 0.7), MIXTURE.denoise, x, last)
-    shifted = dj.sample(dj.euler(), dj.dps(MIXTURE.denoise, forward, y, 0.7), x, last)
+    printed = jax.jit(lambda x: dj.sample(dj.dps_update(dj.euler(), forward, y, 0.7), MIXTURE.denoise, x, last))(x)
+    shifted = jax.jit(lambda x: dj.sample(dj.euler(), dj.dps(MIXTURE.denoise, forward, y, 0.7), x, last))(x)
     np.testing.assert_allclose(printed, shifted, atol=1e-10)
 
 

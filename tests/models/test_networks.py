@@ -9,9 +9,6 @@ from diffjax.models import MODELS
 from diffjax.registry import build
 from diffjax.train import paths
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("networks")
-
 SHAPE, CLASSES = (8, 8, 2), 3
 SPECS = {
     "mlp": "mlp(width=16, depth=2, dropout=0.5)",
@@ -67,6 +64,7 @@ def test_every_input_has_an_effect(net, inputs):
         assert np.abs(out - other).max((1, 2, 3)).min() > 1e-3
 
 
+@pytest.mark.often("mlp", "dit")
 def test_no_label_is_the_null_label(net, inputs):
     _, _, params, apply = net
     x, t, _ = inputs
@@ -82,6 +80,7 @@ def test_a_sample_alone_is_a_sample_in_a_batch(net, inputs):
         np.testing.assert_allclose(alone, together[i], atol=1e-5 * np.abs(together).max())
 
 
+@pytest.mark.often("mlp", "dit")
 def test_dropout_only_with_a_key(net, inputs):
     _, _, params, apply = net
     out = np.asarray(apply(params, *inputs))
@@ -112,6 +111,7 @@ def test_sharding_rules_cover_every_parameter_with_its_rank(net):
     assert all(any(paths.match(model.rules, [n], "sharding")[n]) for n in kernels)
 
 
+@pytest.mark.often("mlp", "dit")
 @pytest.mark.parametrize("name", SPECS)
 def test_half_precision_stays_close(name, inputs):
     common = dict(shape=SHAPE, num_classes=CLASSES)

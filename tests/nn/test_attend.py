@@ -51,6 +51,7 @@ def test_attention_in_bfloat16_rounds_to_it_where_it_hands_on_alone(scale):
         assert np.all(np.abs(np.float64(a) - truth) <= roundings * 2**-8 * size)
 
 
+@pytest.mark.often("4")
 @pytest.mark.parametrize("size", [1, 4])
 def test_float32_rounds_no_worse_than_jax_does(size, x64):
     # Against float64, over draws: at size 4 scores reach 40, and single errors of either vary tenfold.
@@ -68,7 +69,7 @@ def test_float32_rounds_no_worse_than_jax_does(size, x64):
         largest = lambda fn: [jnp.abs(a - b).max() for a, b in zip(gradient(fn, given), truth, strict=True)]
         return jnp.array(largest(attend)), jnp.array(largest(jax.nn.dot_product_attention))
 
-    ours, theirs = jax.vmap(errors)(jax.random.split(jax.random.key(0), 64))
+    ours, theirs = jax.jit(jax.vmap(errors))(jax.random.split(jax.random.key(0), 64))
     assert np.all(np.median(ours, 0) <= 1.5 * np.median(theirs, 0))
     assert np.all(np.max(ours, 0) <= 3 * np.max(theirs, 0))
 

@@ -23,9 +23,6 @@ from diffjax.train import loop
 from diffjax.train.errors import WorkdirError
 from diffjax.train.state import load_run
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("bulk")
-
 ROOT = Path(__file__).parents[2]
 QUICK = dict(steps=3, batch_size=8, shard_size=20)
 

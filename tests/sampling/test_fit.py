@@ -9,9 +9,6 @@ import pytest
 
 import diffjax as dj
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("fit")
-
 MIXTURE = dj.Mixture([2.0, 1.0, 1.0], [[0.8, 0.2], [-0.6, 0.6], [-0.1, -0.8]], [np.diag([0.04, 0.01])] * 3)
 VP, FLOW = dj.ddpm(), dj.Flow()
 KEY = jax.random.key(0)

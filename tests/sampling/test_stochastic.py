@@ -232,6 +232,7 @@ def test_padded_traced_and_from_alpha_zero(name):
         assert np.isfinite(out).all() and np.isfinite(grads).all()
 
 
+@pytest.mark.often("sde_dpmpp")
 @pytest.mark.parametrize("name", ["maruyama", "sde_dpmpp"])
 def test_one_brownian_path_converges_path_by_path(name, x64):
     solver = {"maruyama": dj.euler_maruyama(), "sde_dpmpp": dj.sde_dpmpp(FLOW)}[name]
@@ -353,7 +354,8 @@ FEW = dj.sde_adams(2, basis="asinh", scale=0.2, corrector=False)
 MANY = dj.sde_adams(3, basis="softlog", scale=0.1)
 
 
-@pytest.mark.parametrize("schedule", [dj.ddpm(), EDM])
+@pytest.mark.often("vp")
+@pytest.mark.parametrize("schedule", [dj.ddpm(), EDM], ids=["vp", "edm"])
 def test_full_noise_in_ten_and_twenty_calls(schedule, x64):
     # The start's own error, N(0, sigma^2) at s = 4 in place of the marginal, is included.
     fine = dj.Gaussian(np.linspace(-0.5, 0.5, 16), np.diag(np.geomspace(0.02, 1, 16) ** 2))

@@ -16,9 +16,6 @@ from diffjax.train.parallel import sharding
 from diffjax.train.parts import prepare
 from diffjax.train.state import abstract_state, init_state, load_run
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("init_from")
-
 
 def tiny(**changes):
     base = dict(

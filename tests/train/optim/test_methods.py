@@ -39,7 +39,7 @@ def one_step(config, grads, params=None):
     """What the first update adds to the parameters, at a learning rate of 1 without warm-up."""
     params = jax.tree.map(jnp.zeros_like, grads) if params is None else params
     optimizer = build_optimizer({"lr": 1.0, **config}, 10)
-    return optimizer.update(grads, optimizer.init(params), params)[0]
+    return jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0])(grads, params)
 
 
 OURS = {
@@ -89,10 +89,10 @@ def test_muon_takes_a_stack_as_its_matrices_and_a_convolution_as_one():
     conv = jax.random.normal(jax.random.key(3), (3, 3, 4, 8))
     moved = one_step({"name": "muon()"}, {"stack": stack, "conv": conv})
     alone = one_step({"name": "muon()"}, {**{f"m{i}": stack[i] for i in range(3)}, "flat": conv.reshape(36, 8)})
-    # The same iterations on the same numbers, in other kernels.
+    # The same iterations on the same numbers, in other kernels, which round differently.
     for i in range(3):
-        np.testing.assert_allclose(moved["stack"][i], alone[f"m{i}"], atol=1e-5)
-    np.testing.assert_allclose(moved["conv"].reshape(36, 8), alone["flat"], atol=1e-5)
+        np.testing.assert_allclose(moved["stack"][i], alone[f"m{i}"], atol=TOLERANCE["muon"])
+    np.testing.assert_allclose(moved["conv"].reshape(36, 8), alone["flat"], atol=TOLERANCE["muon"])
 
 
 def test_muon_leaves_vectors_tables_and_outer_layers_to_adam():

@@ -86,8 +86,8 @@ def test_at_the_width_of_the_base_nothing_changes():
     build = lambda s: network(**{k: v for k, v in s.items() if k != "name"})
     scaled, base = with_base(model, "base(width=16)", spec, build)
     key = jax.random.key(0)
-    jax.tree.map(np.testing.assert_array_equal, scaled.init(key), model.init(key))
-    params = model.init(key)
+    params = jax.jit(model.init)(key)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(scaled.init)(key), params)
     grads = jax.tree.map(jnp.ones_like, params)
     plain, wide = (
         build_optimizer({"name": "adamw", "weight_decay": 0.1, "mup": m}, 9, base=base) for m in ("", "base(width=16)")
@@ -186,10 +186,11 @@ def test_attention_scales_agree_at_heads_of_64_and_sharpen_by_8_over_root_d_else
 
 def test_activations_are_those_of_the_taps_and_the_output():
     model = network(width=16, heads=2, scan=False)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     x, t, y = jnp.ones((2, 4, 4, 1)), jnp.ones(2), jnp.zeros(2, jnp.int32)
-    seen = activations(model, params, x, t, y)
-    np.testing.assert_array_equal(seen["output"], model.apply(params, x, t, y))
+    both = jax.jit(lambda *given: (activations(model, *given), model.apply(*given)))
+    seen, output = both(params, x, t, y)
+    np.testing.assert_array_equal(seen["output"], output)
     # Gates start at zero: the residual stream is still what came in.
     np.testing.assert_array_equal(seen["blocks/mlp/out"], seen["tokens"])
 

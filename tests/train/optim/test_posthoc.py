@@ -18,9 +18,6 @@ from diffjax.train.optim.posthoc import coefficients, inner_products, reconstruc
 from diffjax.train.parts import resolve
 from diffjax.train.state import load_run
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("posthoc")
-
 
 def profile(time, gamma):
     return lambda tau: np.where(tau <= time, (gamma + 1) * (tau / time) ** gamma / time, 0.0)

@@ -6,9 +6,6 @@ import sys
 
 import pytest
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("modes")
-
 SCRIPT = """
 import json, jax, jax.numpy as jnp, optax
 from typing import Any, NamedTuple

@@ -20,9 +20,6 @@ from diffjax.train.parallel import cluster, peers, processes
 from diffjax.train.parallel.cluster import Cluster
 from diffjax.train.parallel.peers import BEAT_S, SILENT_S, Verdict, Watch
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("processes")
-
 # Forks a process for each entry of `{name: arguments}`, which joins, compares `facts`, and says how it went.
 SCRIPT = """
 import json, os, sys

@@ -18,9 +18,6 @@ from diffjax.train.parallel.sharding import (
     state_sharding,
 )
 
-# One process makes what all of them share.
-pytestmark = pytest.mark.xdist_group("sharding")
-
 
 class State(NamedTuple):
     params: Any

@@ -59,6 +59,7 @@ ERROR = "raise RuntimeError('my own mistake\\nnote: of two lines')"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
+@pytest.mark.often("error")
 @pytest.mark.parametrize(
     "body, message",
     [
@@ -66,6 +67,7 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
         (KILLED, "the process that compiles was ended by SIGKILL, as where memory runs out"),
         ("sys.stderr.close(); os._exit(3)", "exit code 3, and no message$"),
     ],
+    ids=["error", "killed", "silent"],
 )
 def test_a_step_that_cannot_be_compiled_is_an_error_for_its_user(tmp_path, monkeypatch, body, message):
     # The network as such is sound, so that the checks of the config let it pass.
