@@ -46,6 +46,8 @@ def test_help_lists_every_command_and_flag_with_examples(capsys):
     [
         (["tran"], ["unknown command 'tran'", "train, eval, sample, sweep, latents, inspect", "did you mean 'train'"]),
         (["train", "--wrkdir=x"], ["unknown argument '--wrkdir'", "did you mean '--workdir'"]),
+        (["train", "--out=x"], ["unknown argument '--out'", "did you mean '--workdir'"]),
+        (["sweep", "--workdir=x"], ["unknown argument '--workdir'", "did you mean '--out'"]),
         (["train", "--mesh=data=2"], ["unknown argument '--mesh'", "set by --config.mesh=VALUE"]),
         (["train", "--lr=1e-3"], ["set by --config.optim.lr=VALUE"]),
         (["train", "--steps=100"], ["set by --config.num_steps=VALUE"]),

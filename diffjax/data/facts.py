@@ -19,9 +19,11 @@ def facts_of(dataset: Dataset) -> dict[str, Any] | None:
     pixels = _describe(dataset.to_pixels)
     if pixels is None:
         return None
+    # A user's own data set may have integers of numpy, which JSON has not.
+    ints = lambda shape: [int(size) for size in shape]
     return {
-        "shape": list(dataset.shape), "num_classes": dataset.num_classes,
-        "buckets": [list(shape) for shape in dataset.buckets], "pixels": pixels,
+        "shape": ints(dataset.shape), "num_classes": int(dataset.num_classes),
+        "buckets": [ints(shape) for shape in dataset.buckets], "pixels": pixels,
     }  # fmt: skip
 
 
@@ -29,24 +31,24 @@ def without_items(facts: Mapping[str, Any]) -> Dataset:
     """The data set that `facts_of` described, with None for both of its sources.
 
     Raises:
-      ValueError: for facts of another form, or a decoder of latents that cannot be imported.
+      ValueError: for facts of another form. What a decoder of latents raises when it is imported is raised as it is.
     """
     try:
-        buckets = tuple(tuple(shape) for shape in facts["buckets"])
-        pixels = dict(facts["pixels"])
-        if pixels.keys() == {"high"}:
-            to_pixels = Pixels(int(pixels["high"]))
-        else:
+        shape, buckets = tuple(facts["shape"]), tuple(tuple(shape) for shape in facts["buckets"])
+        num_classes, pixels = int(facts["num_classes"]), facts["pixels"]
+        if latent := "decode" in pixels:
             mean, scale = (np.asarray(pixels[name], np.float32) for name in ("mean", "scale"))
-            to_pixels = LatentPixels(pixels["decode"], mean, scale, float(pixels["span"]))
-        return Dataset(None, None, tuple(facts["shape"]), int(facts["num_classes"]), to_pixels, buckets)
+            given = str(pixels["decode"]), mean, scale, float(pixels["span"])
+        else:
+            given = (int(pixels["high"]),)
     except (KeyError, TypeError) as error:
         raise ValueError(f"facts of a data set of another form: {type(error).__name__}: {error}") from error
+    return Dataset(None, None, shape, num_classes, (LatentPixels if latent else Pixels)(*given), buckets)
 
 
 def _describe(to_pixels) -> dict[str, Any] | None:
     if type(to_pixels) is Pixels:
-        return {"high": to_pixels.high}
+        return {"high": int(to_pixels.high)}
     if type(to_pixels) is LatentPixels:
         floats = {name: getattr(to_pixels, name).tolist() for name in ("mean", "scale")}
         return floats | {"decode": to_pixels.decode, "span": to_pixels.span}

@@ -18,8 +18,8 @@ class Dataset(NamedTuple):
     """Two disjoint sources and what a model and an evaluation must know about them.
 
     Attributes:
-      train: random-access source to train on.
-      heldout: random-access source of the same kind that training never sees.
+      train: random-access source to train on; None in what `without_items` makes.
+      heldout: random-access source of the same kind that training never sees; None likewise.
       shape: `(H, W, C)` of one image.
       num_classes: labels are `0 .. num_classes - 1`; 0 if there are no labels (every label is then 0).
       to_pixels: `(x) -> uint8`, from model space `[-1, 1]` to the integers of the data, clipped and rounded; any shape.

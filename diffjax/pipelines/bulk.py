@@ -96,7 +96,7 @@ def sample_many(
       out: folder; default `workdir/samples-NUM`.
       ema: which average of the parameters; default the run's first.
       step: which checkpoint, a number or `"best"`; default the newest.
-      data: the same data where they lie now, if the run's config no longer finds them.
+      data: the same data where they lie now, to be opened in place of the run's note of what it was trained on.
       **settings: `solver`, `steps`, `spacing`, `guidance` and `interval`, as in `Settings`.
 
     Raises:

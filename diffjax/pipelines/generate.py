@@ -72,7 +72,7 @@ def generate(
       step: which checkpoint, a number or `"best"`; default the newest.
       batch_size: samples in one call.
       out: a folder, or a `.png` or `.npz` file whose twin is written beside it; default `workdir/samples`.
-      data: the same data where they lie now, if the run's config no longer finds them.
+      data: the same data where they lie now, to be opened in place of the run's note of what it was trained on.
 
     Raises:
       ValueError: for a class that the data does not have, no seed, or wrong settings.

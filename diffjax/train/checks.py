@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from diffjax.registry import nearest
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel import sharding
 from diffjax.train.parallel.activations import constrained, named_axes
-from diffjax.train.parallel.mesh import AXES, BATCH_AXES
+from diffjax.train.parallel.mesh import AXES, batch_groups
 
 DRAWS = 4096
 
@@ -83,11 +82,12 @@ def fitting_mesh(config: ConfigDict) -> jax.sharding.Mesh:
         axes = sharding.parse_mesh(config.mesh)
     except ValueError as error:
         raise ConfigError(f"{given}{error}") from error
-    known_axes(config.mesh, axes)
+    check_axis_names(axes or {}, given)
     try:
         mesh = sharding.make_mesh(axes)
     except ValueError as error:
-        more = "; `diffjax inspect --mesh=...` plans a run for devices that are not here"
+        possible = axes and min(axes.values()) > 0
+        more = "; `diffjax inspect --mesh=...` plans a run for devices that are not here" if possible else ""
         raise ConfigError(f"{given}{error}{more}") from error
     check_batch(config, mesh.shape)
     return mesh
@@ -99,7 +99,7 @@ def check_batch(config: ConfigDict, axes: Mapping[str, int]) -> None:
     Raises:
       ConfigError: if one of them does not divide.
     """
-    groups = math.prod(size for axis, size in axes.items() if axis in BATCH_AXES)
+    groups = batch_groups(axes)
     rows = config.batch_size // groups
     if config.batch_size % groups:
         raise ConfigError(
@@ -114,16 +114,16 @@ def check_batch(config: ConfigDict, axes: Mapping[str, int]) -> None:
         )
 
 
-def known_axes(mesh: str, axes: Mapping[str, int] | None) -> None:
-    """Refuses axes that nothing is split over.
+def check_axis_names(axes: Mapping[str, int], given: str) -> None:
+    """Refuses axes that nothing is split over; `given` begins the message.
 
     Raises:
       ConfigError: for the first of them.
     """
-    unknown = [axis for axis in axes or () if axis not in AXES]
+    unknown = [axis for axis in axes if axis not in AXES]
     if unknown:
         known = f"known: {', '.join(AXES)}{nearest(unknown[0], AXES)}"
-        raise ConfigError(f"config.mesh is {mesh!r}: unknown mesh axis {unknown[0]!r}; {known}")
+        raise ConfigError(f"{given}unknown mesh axis {unknown[0]!r}; {known}")
 
 
 def check_mesh(config: ConfigDict, parts: Any, mesh: jax.sharding.Mesh) -> None:

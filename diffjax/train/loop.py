@@ -119,7 +119,7 @@ def train(
             for text in changed:
                 note(session, step, text)
             write_config(workdir, config)
-            write_data_facts(workdir, parts.dataset)
+            write_data_facts(workdir, config, parts.dataset)
         note(session, step, opening(config, parts))
         session = with_programs(session, step, state, preview)
         return recovery.persist(functools.partial(run, asked=asked), session, step, state)

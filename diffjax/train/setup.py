@@ -116,7 +116,7 @@ def _gradient(config, mesh, param_sharding):
     if mesh.size > 1:
         pin = jax.lax.with_sharding_constraint
         settings |= dict(
-            groups=batch_groups(mesh),
+            groups=batch_groups(mesh.shape),
             place=lambda rows: pin(rows, sharding.batch_sharding(mesh)),
             place_grads=lambda grads: pin(grads, param_sharding),
         )

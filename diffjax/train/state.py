@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
     Attributes:
       config: the resolved config that it was trained with.
-      dataset: `diffjax.data.Dataset`.
+      dataset: `diffjax.data.Dataset`; without its items where they were not asked for.
       model: `Model`.
       params: the averaged (or raw) parameters, a nested dict.
       schedule: `t -> Level`.
@@ -104,7 +104,7 @@ def load_run(
         data.
       data: the same data where they lie now, if `config.data` no longer finds them.
       items: whether the images themselves are needed. Without them, and without `data`, the run's own note of what it
-        was trained on is enough, and the `dataset` has None for its sources.
+        was trained on is enough where there is one, and the `dataset` has None for its sources.
 
     Raises:
       ConfigError: if there is no run, no such average or no such checkpoint.
@@ -114,7 +114,7 @@ def load_run(
     config = read_config(workdir)
     config.data = data or config.data
     chosen = choose_ema(config, ema)
-    parts = assemble(config, None if items or data else read_data_facts(workdir))
+    parts = assemble(config, None if items or data else read_data_facts(workdir, config))
     run = Run(config, parts.dataset, parts.model, {}, parts.schedule, parts.head, 0, chosen)
     if snapshots.is_posthoc(chosen):
         try:

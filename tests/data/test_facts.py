@@ -1,6 +1,7 @@
 """What is known of a data set without its items."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -35,6 +36,20 @@ def test_latents_are_shown_as_the_data_set_itself_shows_them(decode):
     assert known.shapes == shapes
     assert known.to_pixels(x).shape == ((3, 8, 8, 4) if decode else (3, 4, 4, 3))
     assert np.array_equal(known.to_pixels(x), whole.to_pixels(x))
+
+
+def test_integers_of_numpy_are_described_as_well():
+    whole = digits()
+    odd = whole._replace(shape=tuple(np.array(whole.shape)), num_classes=np.int64(10), to_pixels=Pixels(np.uint8(16)))
+    assert through_json(odd)[2:5] == whole[2:5]
+
+
+def test_a_decoder_that_fails_says_so_itself(monkeypatch):
+    monkeypatch.setattr(sys.modules["diffjax.data.latents"], "callable_of", lambda *_: {}["MY_WEIGHTS"])
+    known = facts_of(digits()._replace(to_pixels=LatentPixels("", np.zeros(4), np.ones(4), 1.0)))
+    known["pixels"]["decode"] = "my_vae:decode"
+    with pytest.raises(KeyError, match="MY_WEIGHTS"):
+        without_items(known)
 
 
 def test_a_function_of_the_users_own_has_no_such_form():

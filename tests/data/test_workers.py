@@ -271,6 +271,7 @@ def ends(pid, seconds=30):
     return not alive(pid)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_reader(reader):
     program, worker = reader
     for number in (signal.SIGTERM, signal.SIGINT):

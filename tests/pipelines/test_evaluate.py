@@ -59,7 +59,7 @@ def open_run(monkeypatch, dataset, data):
     params = gaussians(dataset.train.images, dataset.train.labels, dataset.num_classes)
     model = Model(lambda key: params, posterior_mean, {})
     run = Run(config, dataset, model, params, EDM(), X0, 7)
-    monkeypatch.setattr("diffjax.train.state.load_run", lambda workdir, ema=None, step=None, data=None: run)
+    monkeypatch.setattr("diffjax.train.state.load_run", lambda workdir, ema=None, step=None, data=None, items=True: run)
     return run
 
 

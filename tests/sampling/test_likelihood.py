@@ -48,6 +48,7 @@ def test_fixed_steps_are_differentiable_and_exact(x64):
     np.testing.assert_allclose(gradient(x), MIXTURE.score(x, SMOOTHED), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_hutchinson_is_unbiased():
     # 400 copies of one point, each with probes of its own.
     x = jnp.broadcast_to(jnp.array([0.3, -0.2]), (400, 2))

@@ -188,6 +188,7 @@ def test_a_dry_run_lists_and_a_second_sweep_is_refused(tmp_path, stub, capsys):
         sweep(tiny(), "optim.lr=[0.25]", out, path=stub)
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_run_and_the_next_call_finishes_it(tmp_path, stub):
     out, program = tmp_path / "sweep", "import sys; from diffjax import cli; sys.exit(cli.main(sys.argv[1:]))"
     (tmp_path / "base.json").write_text(configs.to_json(tiny()))

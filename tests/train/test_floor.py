@@ -39,6 +39,7 @@ def trained(data, num_steps=250):
     return lambda labels: lambda x, t: model.apply(params, x, t, labels)
 
 
+@pytest.mark.slow
 def test_training_loss_stays_above_the_empirical_denoiser():
     data = digits()
     network = trained(data)

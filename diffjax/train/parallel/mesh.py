@@ -64,9 +64,10 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if axis in BATCH_AXES)
 
 
-def batch_groups(mesh: Mesh) -> int:
-    """Into how many parts the batch is split; the devices of one group work on the same rows."""
-    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+def batch_groups(axes: Mapping[str, int]) -> int:
+    """Into how many parts the batch is split on a mesh of these sizes, its `shape`; the devices of one group work on
+    the same rows."""
+    return math.prod(size for axis, size in axes.items() if axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -105,7 +106,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
       ValueError: if the rows do not divide over this process's groups.
     """
     sharding = batch_sharding(mesh)
-    places = sharding.addressable_devices_indices_map((batch_groups(mesh),)).values()
+    places = sharding.addressable_devices_indices_map((batch_groups(mesh.shape),)).values()
     local = len({str(index) for index in places})
 
     def put(rows):

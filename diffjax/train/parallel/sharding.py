@@ -136,7 +136,7 @@ def spec_of(name: str, shape: Sequence[int], axes: Sequence, mesh: Mesh) -> Part
 
 def _largest(shape: tuple[int, ...], mesh: Mesh) -> tuple:
     """All batch axes on the largest array axis that their product divides, the last of equals, or on none."""
-    fits = [i for i, size in enumerate(shape) if size and size % batch_groups(mesh) == 0]
+    fits = [i for i, size in enumerate(shape) if size and size % batch_groups(mesh.shape) == 0]
     if not fits:
         return ()
     best = max(fits, key=lambda i: (shape[i], i))

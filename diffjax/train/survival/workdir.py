@@ -85,27 +85,31 @@ def write_config(workdir: str, config: ConfigDict) -> None:
     files.write_text(os.path.join(workdir, CONFIG_FILE), configs.to_json(config) + "\n", tag="run")
 
 
-def write_data_facts(workdir: str, dataset: Any) -> None:
-    """Writes `data.json`: of the data set what drawing samples takes, or null where that cannot be described."""
-    text = json.dumps(data.facts_of(dataset), indent=2) + "\n"
+def write_data_facts(workdir: str, config: ConfigDict, dataset: Any) -> None:
+    """Writes `data.json`: what drawing samples takes of the data set that `config.data` names, null where that cannot
+    be described."""
+    text = json.dumps({"data": config.data, "facts": data.facts_of(dataset)}, indent=2) + "\n"
     files.write_text(os.path.join(workdir, DATA_FILE), text, tag="run")
 
 
-def read_data_facts(workdir: str) -> Any | None:
-    """The data set that a run was trained on, without its items; None where the run has no note of it.
+def read_data_facts(workdir: str, config: ConfigDict) -> Any | None:
+    """The data set of a run without its items; None where the run has no note of what its `config.data` names.
 
     Raises:
-      ConfigError: if the note cannot be read, or its decoder of latents cannot be imported.
+      ConfigError: if the note is damaged, or its decoder of latents cannot be imported.
     """
     path = os.path.join(workdir, DATA_FILE)
     if not os.path.isfile(path):
         return None
-    try:
-        with open(path, encoding="utf-8") as stream:
-            facts = json.load(stream)
-        return None if facts is None else data.without_items(facts)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}; if it is damaged delete it, and the data themselves are opened") from error
+    with configs.naming("config.data"):
+        try:
+            with open(path, encoding="utf-8") as stream:
+                note = json.load(stream)
+            if note["data"] != config.data or note["facts"] is None:
+                return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete it, and the data themselves are opened") from error
+        return data.without_items(note["facts"])
 
 
 def locked(workdir: str) -> contextlib.AbstractContextManager[None]:

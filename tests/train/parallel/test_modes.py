@@ -58,7 +58,8 @@ for name, shape in {"q": (4, 6, 8, 2), "odd": (4, 7), "labels": (3, 2)}.items():
     specs[name] = [list(group) if isinstance(group, tuple) else group for group in spec]
 out["activations"] = specs
 out["unnamed"] = place("other", 3)
-out["groups"] = [batch_groups(mesh), str(batch_sharding(mesh).spec), str(batch_sharding(make_mesh({"tensor": 8})).spec)]
+laid = [str(batch_sharding(m).spec) for m in (mesh, make_mesh({"tensor": 8}))]
+out["groups"] = [batch_groups(mesh.shape), *laid]
 shards = place_batch({"x": jnp.arange(8.0)}, mesh)["x"].addressable_shards
 out["rows"] = sorted(shard.data.tolist() for shard in shards)
 

@@ -189,6 +189,7 @@ def run(script, *args):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["data", "fsdp", "rules"])
 def test_eight_devices_train_as_one(eight, mode):
     # Sums over the batch are added in another order: float32 rounding of values near 1, over 5 steps of Adam.

@@ -8,6 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffjax.commands import UsageError, run_settings
+from diffjax.pipelines.bulk import sample_many
+from diffjax.pipelines.generate import generate
 from diffjax.train import loop
 from diffjax.train.checkpoint import CheckpointError, open_checkpoints, read_params
 from diffjax.train.errors import ConfigError
@@ -48,6 +50,7 @@ def test_changes_are_refused_then_allowed_and_recorded(tmp_path):
 def test_where_a_run_computes_may_change(tmp_path):
     train(tmp_path, stop_at=2)
     train(tmp_path, mesh="fsdp=1", sharding="fsdp")
+    assert json.loads((tmp_path / "summary.json").read_text())["facts"]["compile_seconds"] > 0
     [row] = map(json.loads, (tmp_path / "config_history.jsonl").read_text().splitlines())
     assert {"mesh: '' -> 'fsdp=1'", "sharding: 'data' -> 'fsdp'"} <= set(row["changes"])
 
@@ -77,11 +80,17 @@ def test_a_run_is_opened_where_its_data_lie_now(tmp_path):
     # For samples the run's own note of its data is enough.
     known = load_run(str(tmp_path / "run"), items=False).dataset
     assert (known.train, known.shape, known.num_classes, known.to_pixels.high) == (None, (4, 4, 1), 0, 255)
-    (tmp_path / "run" / "data.json").write_text("null")
-    with pytest.raises(ConfigError, match="config.data: .*set.npz"):
-        load_run(str(tmp_path / "run"), items=False)
-    (tmp_path / "run" / "data.json").write_text('{"shape": ')
-    with pytest.raises(ConfigError, match="data.json: .*if it is damaged delete it"):
+    assert generate(tmp_path / "run", seeds=[0], steps=1, solver="ddim()").images.shape == (1, 4, 4, 1)
+    assert sample_many(tmp_path / "run", 2, steps=1, solver="ddim()").drawn == 2
+    # A note of other data, as of a run whose config was restored, or one without facts, is none.
+    note = tmp_path / "run" / "data.json"
+    told = json.loads(note.read_text())
+    for other in (told | {"data": "digits()"}, told | {"facts": None}):
+        note.write_text(json.dumps(other))
+        with pytest.raises(ConfigError, match="config.data: .*set.npz"):
+            load_run(str(tmp_path / "run"), items=False)
+    note.write_text('{"data": ')
+    with pytest.raises(ConfigError, match="data.json is damaged .*; delete it"):
         load_run(str(tmp_path / "run"), items=False)
     given = run_settings(str(tmp_path / "run"), {"data": after}, ("sample",))
     assert load_run(str(tmp_path / "run"), **given).dataset.shape == (4, 4, 1)

@@ -89,11 +89,15 @@ def plan(config: ConfigDict, mesh: str, *, sharding: str | None = None) -> Plan:
     """
     from diffjax.train.parallel.sharding import parse_mesh
 
-    axes = parse_mesh(mesh) or {}
+    given = f"--mesh={mesh}: "
+    try:
+        axes = parse_mesh(mesh) or {}
+    except ValueError as error:
+        raise ConfigError(f"{given}{error}") from error
     devices = math.prod(axes.values())
     if not axes or min(axes.values()) < 1 or devices > MOST_DEVICES:
         raise ConfigError(
-            f"--mesh={mesh}: a plan needs the size of every axis, at most {MOST_DEVICES} devices together, as in "
+            f"{given}a plan needs the size of every axis, at most {MOST_DEVICES} devices together, as in "
             "--mesh='data=4,fsdp=64'"
         )
     config = config.copy_and_resolve_references()
@@ -103,7 +107,7 @@ def plan(config: ConfigDict, mesh: str, *, sharding: str | None = None) -> Plan:
         if config.get("accumulate_loop", "auto") == "auto":
             # On the CPU that compiles here it would be unrolled, as on no accelerator.
             config.accumulate_loop = "scan"
-    checks.known_axes(mesh, axes)
+    checks.check_axis_names(axes, given)
     checks.check_batch(configs.fill(config), axes)
     with tempfile.TemporaryDirectory(prefix="diffjax-plan-") as folder:
         job = {"config": configs.to_json(config), "folder": folder, "devices": devices}
@@ -115,7 +119,7 @@ def plan(config: ConfigDict, mesh: str, *, sharding: str | None = None) -> Plan:
             answer = json.loads(done.stdout.splitlines()[-1])
         except (IndexError, ValueError):
             why = _why(done.returncode, done.stderr)
-            raise ConfigError(f"--mesh={mesh}: the step cannot be compiled for {devices} devices: {why}") from None
+            raise ConfigError(f"{given}the step cannot be compiled for {devices} devices: {why}") from None
     if "error" in answer:
         raise ConfigError(answer["error"])
     return Plan(**answer | {"flops": Flops(*answer["flops"])} | {"collectives": _rows(answer)})

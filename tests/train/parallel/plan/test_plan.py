@@ -147,6 +147,20 @@ def test_a_mesh_needs_its_sizes(mesh):
         plan(given(), mesh)
 
 
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        ("data:2", "--mesh=data:2: cannot read mesh axis 'data:2'"),
+        ("dat=8", "--mesh=dat=8: unknown mesh axis 'dat'; known: data, fsdp, tensor, sequence; did you mean 'data'"),
+        ("data=3,tensor=2", "batch_size is 64; it must be a multiple of the 3 devices or groups"),
+    ],
+)
+def test_what_needs_no_network_is_refused_without_one(monkeypatch, mesh, message):
+    monkeypatch.delattr("subprocess.run")
+    with pytest.raises(ConfigError, match=message):
+        plan(given(), mesh)
+
+
 def test_an_error_of_the_config_is_the_user_s(capsys):
     with pytest.raises(ConfigError, match="unknown key config.batchsize.*batch_size"):
         plan(ConfigDict(dict(batchsize=3)), "data=2")
