@@ -112,6 +112,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(capsys, tmp_path, where):
     assert str(workdir) in err or "file" in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error():
     program = f"import sys; from diffjax.cli import main; sys.exit(main({['inspect', *TINY, '--fast']!r}))"
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -176,6 +177,7 @@ def test_of_two_processes_the_first_works_and_the_other_leaves(trained, tmp_path
     assert "process 0" not in first and list(tmp_path.glob("**/*.png"))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_exits_with_1(capsys, tmp_path):
     huge = ["--config.optim.name=sgd", "--config.optim.lr=1e30", "--config.optim.clip=0"]
     code, _, err = run(capsys, "train", *TINY, *huge, f"--workdir={tmp_path}")

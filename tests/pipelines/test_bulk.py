@@ -190,6 +190,7 @@ sample_many(sys.argv[1], 70, out=sys.argv[2], steps=3, batch_size=8, shard_size=
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_the_same_bytes_as_one(workdir, whole, tmp_path):
     subprocess.run([sys.executable, "-c", EIGHT, str(workdir), str(tmp_path)], check=True, cwd=ROOT, timeout=300)
     assert sums(tmp_path) == sums(whole)

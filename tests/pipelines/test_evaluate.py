@@ -142,6 +142,7 @@ def test_sample_writes_what_it_drew_and_a_seed_does_not_depend_on_its_batch(monk
     assert f"{every.cost.evaluations} network evaluations" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_without_null_class_is_judged_but_not_guided(monkeypatch, tmp_path):
     labels = np.arange(48) % 2
     noise = np.random.default_rng(0).standard_normal((48, 4, 4, 1))

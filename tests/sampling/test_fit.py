@@ -95,6 +95,7 @@ def test_knots_alone_get_better_and_the_same_starts_give_the_same_steps():
     jax.tree.map(np.testing.assert_array_equal, (a.levels, a.table), (b.levels, b.table))
 
 
+@pytest.mark.slow
 def test_conditions_go_with_their_starts():
     shift = jnp.where(jnp.arange(32)[:, None] % 2 == 0, 1.0, -1.0)
 

@@ -160,6 +160,7 @@ def test_a_failure_is_reported_the_others_run_and_the_same_call_goes_on(tmp_path
         sweep(other, "optim.lr=[0.25]", out)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_by_itself_asks_for_the_same_call(tmp_path, stub, capsys):
     out = str(tmp_path / "sweep")
     again = lambda *seeds: sweep(tiny(), "optim.lr=[0.25]", out, seeds=seeds, path=stub)

@@ -164,6 +164,7 @@ def test_coordinate_check_of_the_dit():
         assert standard[name] > 0.25, (name, standard[name])
 
 
+@pytest.mark.slow
 def test_attention_scales_agree_at_heads_of_64_and_sharpen_by_8_over_root_d_elsewhere():
     x = jax.random.normal(jax.random.key(0), (2, 5, 128))
 

@@ -138,6 +138,7 @@ def net(*, shape, num_classes):
 """
 
 
+@pytest.mark.slow
 def test_the_command_is_stopped_before_its_first_step_and_starts_again(tmp_path):
     (tmp_path / "slow_net.py").write_text(SLOW_TO_TRACE)
     (tmp_path / "config.py").write_text(

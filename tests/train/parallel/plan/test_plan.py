@@ -90,6 +90,7 @@ def net(*, shape, num_classes):
         plan(given(model=dict(name="net_of_test_plan:net")), "data=2")
 
 
+@pytest.mark.slow
 def test_a_block_that_is_computed_again_keeps_its_input():
     per_row, fixed = kept_activations(*prepare(given()))
     assert 0 <= fixed < BLOCKS + REST
@@ -101,6 +102,7 @@ def test_a_block_that_is_computed_again_keeps_its_input():
     assert again < per_row / 5
 
 
+@pytest.mark.slow
 def test_noise_paired_in_groups_is_planned_like_noise_that_is_not():
     paired = prepare(given(loss=dict(pairing="ot(group=16)")))
     assert kept_activations(*paired) == kept_activations(*prepare(given()))
