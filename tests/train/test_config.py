@@ -62,7 +62,7 @@ UNLABELLED = f"diffjax.data:arrays(images={((((0.0,),),),) * 16})"
         (dict(batch_size=12, microbatch=5), ["config.microbatch is 5", "divide the 12 rows"]),
         (dict(accumulate_loop="scn"), ["config.accumulate_loop is 'scn'", "'auto', 'scan' or 'unroll'"]),
         (dict(mesh="data=3,fsdp=5"), ["config.mesh is 'data=3,fsdp=5'", "do not fit 1 devices", "multiply to 1"]),
-        # Before the data are opened: these would take long, if they were there.
+        # Before the data are opened, which are not there.
         (dict(mesh="data=8", data="gone:fn"), ["do not fit 1 devices", "`diffjax inspect --mesh=...` plans a run"]),
         (dict(sharding="rules"), ["config.mesh is ''", "name none of the axes data", "'data=2,fsdp=2,tensor=2'"]),
         (dict(sample=dict(interval=(1.0, 1.0))), ["config.sample.interval", "low < high"]),
