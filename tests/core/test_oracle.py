@@ -1,5 +1,7 @@
 """Exact denoisers against scipy, Monte Carlo-free identities and each other."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,17 +23,22 @@ def points(n=6):
     return jnp.asarray(np.random.default_rng(0).normal(size=(n, 2)))
 
 
+def denoised(oracle, *given):
+    return np.asarray(jax.jit(oracle.denoise)(*given).x0)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_logpdf_is_scipys(schedule, x64):
     level = schedule(np.array(0.3))
     x = points()
     noisy = stats.multivariate_normal(level.alpha * MEAN, level.alpha**2 * COV + level.sigma**2 * np.eye(2))
-    np.testing.assert_allclose(GAUSSIAN.logpdf(x, level), noisy.logpdf(x), rtol=1e-10)
+    gaussian, mixture = jax.jit(lambda x: (GAUSSIAN.logpdf(x, level), MIXTURE.logpdf(x, level)))(x)
+    np.testing.assert_allclose(gaussian, noisy.logpdf(x), rtol=1e-10)
     density = sum(
         w * stats.multivariate_normal(level.alpha * m, level.alpha**2 * c + level.sigma**2 * np.eye(2)).pdf(x)
         for w, m, c in zip(MIXTURE.weights, MIXTURE.means, MIXTURE.covs, strict=True)
     )
-    np.testing.assert_allclose(MIXTURE.logpdf(x, level), np.log(density), rtol=1e-9)
+    np.testing.assert_allclose(mixture, np.log(density), rtol=1e-9)
 
 
 @pytest.mark.parametrize("oracle", [GAUSSIAN, MIXTURE])
@@ -39,9 +46,9 @@ def test_logpdf_is_scipys(schedule, x64):
 def test_score_is_the_gradient_and_halves_add_up(oracle, schedule, x64):
     level = schedule(np.array(0.4))
     x = points()
-    gradient = jax.grad(lambda x: oracle.logpdf(x, level).sum())(x)
-    np.testing.assert_allclose(oracle.score(x, level), gradient, rtol=1e-9)
-    prediction = oracle.denoise(x, level)
+    gradient = jax.jit(jax.grad(lambda x: oracle.logpdf(x, level).sum()))(x)
+    score, prediction = jax.jit(lambda x: (oracle.score(x, level), oracle.denoise(x, level)))(x)
+    np.testing.assert_allclose(score, gradient, rtol=1e-9)
     np.testing.assert_allclose(prediction.eps, -level.sigma * gradient, rtol=1e-9, atol=1e-12)  # Tweedie
     np.testing.assert_allclose(level.alpha * prediction.x0 + level.sigma * prediction.eps, x, rtol=1e-9)
 
@@ -56,25 +63,29 @@ def test_mixture_posterior_mean_by_quadrature(x64):
         noise = np.exp(-(((x - level.alpha * x0) / level.sigma) ** 2) / 2) / (level.sigma * np.sqrt(2 * np.pi))
         return np.exp(logpdf(np.array([[x0]]))[0]) * noise
 
+    half = jax.jit(lambda x: (oracle.denoise(x, level).x0, *oracle.posterior(x, level)))
     for x in (-1.0, 0.1):
+        x0, weights, means, covs = map(np.asarray, half(np.array([[x]])))
         z = integrate.quad(joint, -5, 5, args=(x,), epsabs=1e-10)[0]
         mean = integrate.quad(lambda x0, x=x: x0 * joint(x0, x), -5, 5, epsabs=1e-10)[0] / z
-        np.testing.assert_allclose(oracle.denoise(jnp.array([[x]]), level).x0[0, 0], mean, atol=1e-7)
-        weights, means, covs = oracle.posterior(jnp.array([[x]]), level)
-        np.testing.assert_allclose(jnp.sum(weights * means[..., 0]), mean, atol=1e-7)
+        np.testing.assert_allclose(x0[0, 0], mean, atol=1e-7)
+        np.testing.assert_allclose(np.sum(weights * means[..., 0]), mean, atol=1e-7)
         second = integrate.quad(lambda x0, x=x: x0**2 * joint(x0, x), -5, 5, epsabs=1e-10)[0] / z
-        np.testing.assert_allclose(jnp.sum(weights[0] * (covs[:, 0, 0] + means[0, :, 0] ** 2)), second, atol=1e-7)
+        np.testing.assert_allclose(np.sum(weights[0] * (covs[:, 0, 0] + means[0, :, 0] ** 2)), second, atol=1e-7)
 
 
 @pytest.mark.parametrize("start,end", [(0.9, 0.0), (0.9, 0.2), (0.1, 0.8)])
 def test_gaussian_flow_carries_the_density(start, end, x64):
     # Change of variables: log p_end(flow(x)) + log |d flow / dx| = log p_start(x), for every x.
     start, end = (core.VP()(np.array(t)) for t in (start, end))
-    x = points()
     flow = lambda x: GAUSSIAN.flow(x[None], start, end)[0]
-    logdet = jax.vmap(lambda x: jnp.linalg.slogdet(jax.jacfwd(flow)(x))[1])(x)
-    moved = GAUSSIAN.flow(x, start, end)
-    np.testing.assert_allclose(GAUSSIAN.logpdf(moved, end) + logdet, GAUSSIAN.logpdf(x, start), rtol=1e-9)
+
+    @jax.jit
+    def densities(x):
+        logdet = jax.vmap(lambda x: jnp.linalg.slogdet(jax.jacfwd(flow)(x))[1])(x)
+        return GAUSSIAN.logpdf(GAUSSIAN.flow(x, start, end), end) + logdet, GAUSSIAN.logpdf(x, start)
+
+    np.testing.assert_allclose(*densities(points()), rtol=1e-9)
 
 
 def test_mixture_flow_of_one_component_is_the_closed_form(x64):
@@ -88,18 +99,19 @@ def test_mixture_flow_carries_the_density(x64):
     start, end = core.Flow()(np.array(0.7)), core.Flow()(np.array(0.2))
     x = points(3)
     h = 1e-5
-    moved = MIXTURE.flow(x, start, end)
-    columns = [(MIXTURE.flow(x + h * e, start, end) - MIXTURE.flow(x - h * e, start, end)) / (2 * h) for e in np.eye(2)]
-    logdet = jnp.linalg.slogdet(jnp.stack(columns, axis=-1))[1]
+    flow = jax.jit(lambda x: MIXTURE.flow(x, start, end))
+    columns = [np.asarray(flow(x + h * e) - flow(x - h * e)) / (2 * h) for e in np.eye(2)]
+    logdet = np.linalg.slogdet(np.stack(columns, axis=-1))[1]
+    logpdf = jax.jit(MIXTURE.logpdf)
     # Central differences of a flow solved to 1e-10 with step 1e-5 leave 1e-5.
-    np.testing.assert_allclose(MIXTURE.logpdf(moved, end) + logdet, MIXTURE.logpdf(x, start), atol=1e-4)
+    np.testing.assert_allclose(logpdf(flow(x), end) + logdet, logpdf(x, start), atol=1e-4)
 
 
 def test_gaussian_posterior_is_the_schur_complement(x64):
     level = core.VP()(np.array(0.3))
     a, s = level.alpha, level.sigma
     gain = a * COV @ np.linalg.inv(a**2 * COV + s**2 * np.eye(2))
-    mean, cov = GAUSSIAN.posterior(points(), level)
+    mean, cov = jax.jit(GAUSSIAN.posterior)(points(), level)
     np.testing.assert_allclose(mean, MEAN + (np.asarray(points()) - a * MEAN) @ gain.T, rtol=1e-10)
     np.testing.assert_allclose(cov, COV - a * gain @ COV, rtol=1e-9)
 
@@ -120,16 +132,16 @@ def test_empirical_denoiser_is_a_mixture_of_points(x64):
     points_ = core.Mixture(np.ones(5), data, np.zeros((5, 2, 2)))
     x, level = points(), core.VP()(np.array(0.3))
     empirical = core.Empirical(data, labels)
-    np.testing.assert_allclose(empirical.denoise(x, level).x0, points_.denoise(x, level).x0, rtol=1e-9)
+    np.testing.assert_allclose(denoised(empirical, x, level), denoised(points_, x, level), rtol=1e-9)
     of_class = core.Mixture(np.ones(3), data[labels == 1], np.zeros((3, 2, 2)))
-    got = empirical.denoise(x, level, jnp.ones(len(x), int)).x0
-    np.testing.assert_allclose(got, of_class.denoise(x, level).x0, rtol=1e-9)
+    got = denoised(empirical, x, level, jnp.ones(len(x), int))
+    np.testing.assert_allclose(got, denoised(of_class, x, level), rtol=1e-9)
     # One level per sample, images: each row is that sample alone.
     images = core.Empirical(data.reshape(5, 2, 1))
     levels = core.VP()(np.linspace(0.1, 0.9, len(x)))
     one = jax.jit(lambda x, level: empirical.denoise(x, level).x0)
     rows = [one(x[i : i + 1], levels.at(slice(i, i + 1))) for i in range(len(x))]
-    np.testing.assert_allclose(images.denoise(x[..., None], levels).x0[..., 0], jnp.concatenate(rows), rtol=1e-9)
+    np.testing.assert_allclose(denoised(images, x[..., None], levels)[..., 0], np.concatenate(rows), rtol=1e-9)
 
 
 def test_messages():
@@ -160,14 +172,20 @@ def test_every_form_of_covariance_is_the_dense_one(kind, x64):
     short, full = core.Gaussian(mean, cov), core.Gaussian(mean.ravel(), dense)
     x = jnp.asarray(rng.normal(size=(4, *shape)))
     flat = x.reshape(4, 6)
-    for level in (core.VP()(np.array(0.4)), core.Flow()(np.array(1.0)), core.Flow()(jnp.linspace(0.1, 0.9, 4))):
-        ours, theirs = short.denoise(x, level), full.denoise(flat, level)
-        np.testing.assert_allclose(ours.x0.reshape(4, 6), theirs.x0, atol=1e-12)
-        np.testing.assert_allclose(ours.eps.reshape(4, 6), theirs.eps, atol=1e-12)
-        np.testing.assert_allclose(short.score(x, level).reshape(4, 6), full.score(flat, level), atol=1e-11)
-        np.testing.assert_allclose(short.logpdf(x, level), full.logpdf(flat, level), atol=1e-11)
-        moved, end = short.flow(x, level, core.EDM()(np.array(0.1))), core.EDM()(np.array(0.1))
-        np.testing.assert_allclose(moved.reshape(4, 6), full.flow(flat, level, end), atol=1e-11)
+    end = core.EDM()(np.array(0.1))
+
+    @partial(jax.jit, static_argnums=0)
+    def answers(oracle, x, level):
+        of_x = *oracle.denoise(x, level)[:2], oracle.score(x, level), oracle.flow(x, level, end)
+        return [answer.reshape(4, 6) for answer in of_x], oracle.logpdf(x, level)
+
+    for level in (core.VP()(np.array(0.4)), core.Flow()(np.array(1.0)), core.Flow()(np.linspace(0.1, 0.9, 4))):
+        (*ours, moved), logpdf = answers(short, x, level)
+        (*theirs, end_moved), full_logpdf = answers(full, flat, level)
+        for a, b, atol in zip(ours, theirs, (1e-12, 1e-12, 1e-11), strict=True):
+            np.testing.assert_allclose(a, b, atol=atol)
+        np.testing.assert_allclose(moved, end_moved, atol=1e-11)
+        np.testing.assert_allclose(logpdf, full_logpdf, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "diagonal", "full"])

@@ -14,7 +14,7 @@ def test_attention_and_its_gradients_are_those_of_jax(scale):
     shapes = (2, 7, 3, 8), (2, 5, 3, 8), (2, 5, 3, 8)
     given = [jax.random.normal(jax.random.key(i), shape, "float32") for i, shape in enumerate(shapes)]
     ours, theirs = (
-        jax.value_and_grad(lambda q, k, v, fn=fn: jnp.sum(jnp.sin(fn(q, k, v, scale=scale))), (0, 1, 2))(*given)
+        jax.jit(jax.value_and_grad(lambda *given, fn=fn: jnp.sum(jnp.sin(fn(*given, scale=scale))), (0, 1, 2)))(*given)
         for fn in (attend, jax.nn.dot_product_attention)
     )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -78,7 +78,7 @@ def test_scores_of_any_size_are_finite():
     q, k, v = (jnp.full((1, 3, 1, 2), value, jnp.float32) for value in (1e4, 1e4, 2.0))
     k = k.at[:, 0].multiply(-1)
     np.testing.assert_array_equal(attend(q, k, v), v)
-    grads = jax.grad(lambda *given: jnp.sum(attend(*given)), (0, 1, 2))(q, k, v)
+    grads = jax.jit(jax.grad(lambda *given: jnp.sum(attend(*given)), (0, 1, 2)))(q, k, v)
     assert all(np.isfinite(grad).all() for grad in grads)
 
 
@@ -97,8 +97,8 @@ def test_cudnn_says_what_it_needs_and_gives_way_where_it_is_not():
 def test_float64_attention_is_that_of_float32_but_for_rounding(x64):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 3, 4), jnp.float64) for i in range(3))
     for scale in (None, 0.3):
-        single = attend(*(a.astype(jnp.float32) for a in (q, k, v)), scale)
-        double = attend(q, k, v, scale)
+        single = jax.jit(attend)(*(a.astype(jnp.float32) for a in (q, k, v)), scale)
+        double = jax.jit(attend)(q, k, v, scale)
         assert single.dtype == jnp.float32 and double.dtype == jnp.float64
         # Products of some 10 float32 numbers of size 1.
         np.testing.assert_allclose(double, single, rtol=1e-5, atol=1e-6)
@@ -106,6 +106,6 @@ def test_float64_attention_is_that_of_float32_but_for_rounding(x64):
 
 def test_a_shift_of_all_keys_changes_nothing_in_float64(x64):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 3, 4), jnp.float64) for i in range(3))
-    grad = jax.grad(lambda shift: jnp.sum(attend(q, k + shift, v) ** 2))(jnp.zeros(4))
+    grad = jax.jit(jax.grad(lambda shift: jnp.sum(attend(q, k + shift, v) ** 2)))(jnp.zeros(4))
     # The true gradient is zero; a softmax in float32 gives 1e-7.
     assert np.abs(grad).max() < 1e-13

@@ -84,11 +84,14 @@ def test_networks_name_their_activations_and_their_rules_know_them(model, some):
 
 def test_a_tap_that_changes_a_feature_changes_the_output():
     model = CASES["mlp"][0]
-    params = jax.tree.map(
-        lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape), model.init(jax.random.key(0))
-    )
     inputs = jnp.ones((2, 8, 8, 1)), jnp.ones(2), jnp.zeros(2, jnp.int32)
-    plain = model.apply(params, *inputs)
+
+    @jax.jit
+    def output(key):
+        params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(key, a.shape), model.init(key))
+        return model.apply(params, *inputs)
+
+    plain = output(jax.random.key(0))
     with tapped(lambda name, x: jnp.zeros_like(x) if name == "tokens" else x):
-        changed = model.apply(params, *inputs)
+        changed = output(jax.random.key(0))
     assert np.abs(plain - changed).max() > 1e-3
