@@ -1,5 +1,7 @@
 """Losses at closed-form optima, weights against their papers, time samplers against their distributions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +29,14 @@ def test_loss_at_the_optimum_is_the_posterior_variance(name, x64):
     # E|eps - E[eps|x]|^2 = tr(posterior cov of x0) (alpha / sigma)^2; each head scales it by its own linear factor.
     head = core.HEADS[name]()
     n = 100_000
-    level = core.VP().at_logsnr(jnp.full((n,), 1.0))
-    x0 = GAUSSIAN.sample(jax.random.key(0), n)
-    losses = core.loss(optimal(head, level), head, x0, level, key=jax.random.key(1))
+    level = core.VP().at_logsnr(np.full((n,), 1.0))
+
+    @jax.jit
+    def both(key_x0, key):
+        x0, best = GAUSSIAN.sample(key_x0, n), optimal(head, level)
+        return [core.loss(f, head, x0, level, key=key) for f in (best, lambda x, t: best(x, t) + 0.3)]
+
+    losses, worse = map(np.asarray, both(jax.random.key(0), jax.random.key(1)))
     variances = np.diag(GAUSSIAN.cov)
     one = core.VP().at_logsnr(np.array([1.0]))
     posterior = variances * one.sigma**2 / (one.alpha**2 * variances + one.sigma**2)
@@ -39,16 +46,16 @@ def test_loss_at_the_optimum_is_the_posterior_variance(name, x64):
     error = losses.std() / np.sqrt(n)
     assert abs(losses.mean() - floor) < 4 * error
     # And no other output does better: a perturbed optimum is worse by the square of the perturbation.
-    worse = core.loss(lambda x, t: optimal(head, level)(x, t) + 0.3, head, x0, level, key=jax.random.key(1))
     assert abs(worse.mean() - losses.mean() - 0.09) < 4 * (worse - losses).std() / np.sqrt(n)
 
 
 @pytest.mark.parametrize("name", core.HEADS)
 def test_weighted_loss_does_not_depend_on_the_head(name, x64):
-    level = core.VP().at_logsnr(jnp.array([-3.0, 0.0, 4.0]))
+    level = core.VP().at_logsnr(np.array([-3.0, 0.0, 4.0]))
     x0, eps = jax.random.normal(jax.random.key(0), (2, 3, 3))
     head = core.HEADS[name]()
 
+    @partial(jax.jit, static_argnums=0)
     def losses(head):
         return core.loss(optimal(head, level), head, x0, level, eps=eps, weight=core.WEIGHTS["min_snr"](5.0))
 
@@ -66,7 +73,7 @@ def test_space_measures_in_another_head(x64):
 
 def test_weights_against_their_papers():
     snr = np.array([0.01, 1.0, 5.0, 400.0])
-    level = core.VP().at_logsnr(jnp.asarray(np.log(snr), jnp.float32))
+    level = core.VP().at_logsnr(np.float32(np.log(snr)))
     np.testing.assert_allclose(core.WEIGHTS["min_snr"](5.0)(level), np.minimum(snr, 5) / snr, rtol=1e-4)
     np.testing.assert_allclose(core.WEIGHTS["p2"](1.0, 0.5)(level), (1 + snr) ** -0.5, rtol=1e-4)
     # EDM states lambda(sigma) for the error of x0, which is s^2 times that of eps.
@@ -124,7 +131,7 @@ def test_low_discrepancy():
 def test_loss_is_unreduced_float32_and_checks_shapes():
     x0 = jnp.ones((4, 2, 2), jnp.bfloat16)
     level = core.VP()(jnp.full((4,), 0.5))
-    got = core.loss(lambda x, t: x, core.V, x0, level, key=jax.random.key(0))
+    got = jax.jit(lambda x0, key: core.loss(lambda x, t: x, core.V, x0, level, key=key))(x0, jax.random.key(0))
     assert got.shape == (4,) and got.dtype == jnp.float32
     with pytest.raises(ValueError, match="either key"):
         core.loss(lambda x, t: x, core.V, x0, level)
@@ -141,11 +148,11 @@ def test_loss_is_unreduced_float32_and_checks_shapes():
 def test_weights_that_papers_state_for_x0_are_restated_for_eps(weight, of_x0, x64):
     # The same network and noise: an error of x0 is (sigma / alpha) times that of eps.
     n, head = 64, core.V
-    level = core.VP().at_logsnr(jnp.linspace(-6, 6, n))
+    level = core.VP().at_logsnr(np.linspace(-6, 6, n))
     x0, eps = jax.random.normal(jax.random.key(0), (2, n, 3))
-    f = lambda x, t: jnp.sin(3 * x)
-    by_weight = core.loss(f, head, x0, level, eps=eps, weight=registry.build(weight, core.WEIGHTS, "weight"))
-    of_error = core.loss(f, head, x0, level, eps=eps, space=core.X0)
+    loss = partial(core.loss, lambda x, t: jnp.sin(3 * x), head, x0, level, eps=eps)
+    by_weight = jax.jit(lambda: loss(weight=registry.build(weight, core.WEIGHTS, "weight")))()
+    of_error = jax.jit(lambda: loss(space=core.X0))()
     np.testing.assert_allclose(by_weight, of_x0(np.exp(level.logsnr)) * of_error, rtol=1e-9)
 
 

@@ -132,7 +132,8 @@ def test_quadratics_are_integrated_exactly(name, x64):
         return dj.Prediction(x0, (x - level.alpha * x0) / level.sigma)
 
     zero = lambda i, j: jnp.zeros((1, 1))
-    path = dj.sample(solver, denoise, jnp.ones((1, 1)), grid, noise=zero, trace=lambda info: (info.x, info.x_next))[1]
+    trace = lambda info: (info.x, info.x_next)
+    path = jax.jit(lambda x: dj.sample(solver, denoise, x, grid, noise=zero, trace=trace)[1])(np.ones((1, 1)))
     u, alpha = grid.logsnr / 2, grid.alpha
     nodes, weights = np.polynomial.legendre.leggauss(40)
     for i in range(3, 7):
@@ -173,7 +174,11 @@ def test_published_third_order_is_second_order(order_fit, x64):
 def test_identities_with_ddim(eta, x64):
     grid = dj.karras(VP, 9)
     x = dj.prior(jax.random.key(0), (4, 3), grid)
-    run = lambda solver: dj.sample(solver, GAUSSIAN.denoise, x, grid, jax.random.key(1), loop="unroll")
+
+    @partial(jax.jit, static_argnums=0)
+    def run(solver):
+        return dj.sample(solver, GAUSSIAN.denoise, x, grid, jax.random.key(1), loop="unroll")
+
     expected = run(dj.ddim(eta))
     np.testing.assert_allclose(run(dj.euler_ancestral(eta)), expected, rtol=1e-9)
     np.testing.assert_allclose(run(dj.ancestral(dj.euler(), VP, eta)), expected, rtol=1e-7)
@@ -188,6 +193,7 @@ def test_learned_range_interpolates_the_two_variances(x64):
     grid = dj.karras(VP, 4, s_max=5.0)
     x = jnp.ones((2, 3))
 
+    @partial(jax.jit, static_argnums=(0, 1))
     def run(variance, aux):
         def denoise(x, level):
             return GAUSSIAN.denoise(x, level)._replace(aux=jnp.full_like(x, aux))
