@@ -139,7 +139,7 @@ def damage(path, *names):
         (path / name).write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("counts", [dict(), dict(workers=2), dict(threads=2)])
+@pytest.mark.parametrize("counts", [dict(), dict(workers=2), pytest.param(dict(threads=2), marks=pytest.mark.slow)])
 def test_unreadable_images_are_replaced_by_the_next_and_counted_once(tmp_path, caplog, counts):
     for i in range(12):
         Image.new("RGB", (6, 6), (20 * i, 0, 0)).save(tmp_path / f"{i:02}.jpg", quality=95)

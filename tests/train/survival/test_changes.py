@@ -47,6 +47,7 @@ def test_changes_are_refused_then_allowed_and_recorded(tmp_path):
     assert read_config(str(tmp_path)).label_dropout == 0.5
 
 
+@pytest.mark.slow
 def test_where_a_run_computes_may_change(tmp_path):
     train(tmp_path, stop_at=2)
     train(tmp_path, mesh="fsdp=1", sharding="fsdp")

@@ -32,7 +32,7 @@ def total(found, kind, group=None):
 
 
 def test_data_parallel_sums_the_gradient_once():
-    found = plan(given(), "data=8")
+    found = plan(given(model=dict(name="mlp", width=WIDTH, depth=1)), "data=8")
     weights = 4 * found.parameters
     assert found.state == {
         "parameters": weights, "gradients": weights, "optimiser": pytest.approx(2 * weights, abs=8), "averages": weights
