@@ -37,7 +37,7 @@ def walk(config, params, grad, steps):
 
 def one_step(config, grads, params=None):
     """What the first update adds to the parameters, at a learning rate of 1 without warm-up."""
-    params = jax.tree.map(jnp.zeros_like, grads) if params is None else params
+    params = jax.tree.map(np.zeros_like, grads) if params is None else params
     optimizer = build_optimizer({"lr": 1.0, **config}, 10)
     return jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0])(grads, params)
 
@@ -85,8 +85,8 @@ def test_muon_steps_have_the_rms_of_adams(shape):
 
 
 def test_muon_takes_a_stack_as_its_matrices_and_a_convolution_as_one(x64):
-    stack = jax.random.normal(jax.random.key(2), (3, 8, 20)) * jnp.array([1.0, 10.0, 0.1])[:, None, None]
-    conv = jax.random.normal(jax.random.key(3), (3, 3, 4, 8))
+    stack = np.asarray(jax.random.normal(jax.random.key(2), (3, 8, 20))) * np.array([1.0, 10.0, 0.1])[:, None, None]
+    conv = np.asarray(jax.random.normal(jax.random.key(3), (3, 3, 4, 8)))
     moved = one_step({"name": "muon()"}, {"stack": stack, "conv": conv})
     alone = one_step({"name": "muon()"}, {**{f"m{i}": stack[i] for i in range(3)}, "flat": conv.reshape(36, 8)})
     # The same iterations on the same numbers, in other kernels; float64, since each iteration magnifies rounding.

@@ -70,7 +70,7 @@ def test_initial_sizes_follow_the_base_whatever_the_initialiser():
 
     wide, base = plain(256), plain(16)
     key = jax.random.key(1)
-    params, own = mup.rescaled(wide, base.init).init(key), wide.init(key)
+    params, own = jax.jit(lambda key: (mup.rescaled(wide, base.init).init(key), wide.init(key)))(key)
     rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
     # The base's RMS is that of 16 draws of 64 numbers: 1 / sqrt(2 * 1024) is 2.2 %; four of them.
     assert rms(params["in"]) == pytest.approx(0.5 / 16**0.5, rel=0.09)
@@ -88,7 +88,7 @@ def test_at_the_width_of_the_base_nothing_changes():
     key = jax.random.key(0)
     params = jax.jit(model.init)(key)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(scaled.init)(key), params)
-    grads = jax.tree.map(jnp.ones_like, params)
+    grads = jax.tree.map(np.ones_like, params)
     plain, wide = (
         build_optimizer({"name": "adamw", "weight_decay": 0.1, "mup": m}, 9, base=base) for m in ("", "base(width=16)")
     )
@@ -97,15 +97,14 @@ def test_at_the_width_of_the_base_nothing_changes():
 
 
 def test_weight_decay_does_not_depend_on_the_width():
-    params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
-    base = {"kernel": jnp.ones((16, 16)), "bias": jnp.ones(16)}
+    params, base = ({"kernel": np.ones((n, n), np.float32), "bias": np.ones(n, np.float32)} for n in (64, 16))
     config = {"name": "adamw", "lr": 0.1, "weight_decay": 0.5, "mup": "base(width=16)"}
     optimizer = build_optimizer(config, 9, base=base)
-    update = lambda grad: optimizer.update(jax.tree.map(grad, params), optimizer.init(params), params)[0]
-    decayed = update(jnp.zeros_like)
+    update = jax.jit(lambda grad: optimizer.update(grad, optimizer.init(params), params)[0])
+    decayed = update(jax.tree.map(np.zeros_like, params))
     np.testing.assert_allclose(decayed["kernel"], -0.05, rtol=1e-6)
     np.testing.assert_allclose(decayed["bias"], -0.05, rtol=1e-6)
-    np.testing.assert_allclose(update(jnp.ones_like)["kernel"], -0.05 - 0.1 / 4, rtol=1e-5)
+    np.testing.assert_allclose(update(jax.tree.map(np.ones_like, params))["kernel"], -0.05 - 0.1 / 4, rtol=1e-5)
 
 
 def perceptron(width, key_width=8):
