@@ -70,7 +70,8 @@ def batch():
 
 
 def one_step(config, parts):
-    return jax.jit(steps.make_train_step(parts, config))(init_state(parts, jax.random.key(0)), batch())
+    step = steps.make_train_step(parts, config)
+    return jax.jit(lambda key, data: step(init_state(parts, key), data))(jax.random.key(0), batch())
 
 
 def test_an_x0_network_is_measured_in_the_velocity(make):
@@ -84,31 +85,32 @@ def test_learned_uncertainty_is_the_log_of_the_expected_loss(make):
     times = dict(head="x0()", time="uniform(lo=0.1)")
     optim = dict(name="adam", lr=0.05, b2=0.95, schedule="cosine()")
     config, parts = make(**FLOW | times, loss=dict(space="flow()", uncertainty=16), optim=optim, num_steps=600)
-    state = init_state(parts, jax.random.key(0))
+    state = jax.jit(lambda key: init_state(parts, key))(jax.random.key(0))
     assert set(state.params) == {"objective"} and not np.any(state.params["objective"]["uncertainty"]["weight"])
     train_step = steps.make_train_step(parts, config)
     _, first = jax.jit(train_step)(state, batch())
     run = jax.jit(lambda s, b: jax.lax.fori_loop(0, 599, lambda _, s: train_step(s, b)[0], s))
     state = run(state, batch())
     _, last = jax.jit(train_step)(state, batch())
-    level = parts.schedule(jnp.linspace(0.12, 0.98, 40))
-    u = parts.objective.uncertainty.apply(state.params["objective"]["uncertainty"], level)
+    level = parts.schedule(np.linspace(0.12, 0.98, 40))
+    u = jax.jit(parts.objective.uncertainty.apply)(state.params["objective"]["uncertainty"], level)
     # Sixteen features and gradients of 64 samples: within 5 % of the loss, of which the levels span a factor of 70.
     np.testing.assert_allclose(u, np.log(VALUE**2) - 2 * np.log(level.sigma), atol=0.05)
     # What is logged as the loss does not know of u; the term that is minimised starts as the loss.
     assert float(first.terms["uncertainty"]) == pytest.approx(float(first.loss), rel=1e-6)
     assert float(last.terms["uncertainty"]) < float(last.loss) - 1
-    window = steps.add(steps.empty_window(3, parts.objective.terms), last)
+    window = jax.jit(lambda last: steps.add(steps.empty_window(3, parts.objective.terms), last))(last)
     assert steps.scalars(jax.device_get(window))["uncertainty"] == pytest.approx(float(last.terms["uncertainty"]))
 
 
 def test_uncertainty_is_finite_at_both_ends_and_lowest_at_the_log():
     own = uncertainty(8)
-    params = jax.tree.map(jnp.ones_like, own.init(jax.random.key(0)))
-    ends = core.Level(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
-    assert np.all(np.isfinite(own.apply(params, ends)))
-    losses = jnp.array([0.1, 7.0])
-    np.testing.assert_allclose(jax.grad(lambda u: jnp.sum(weighed(losses, u)))(jnp.log(losses)), 0, atol=1e-6)
+    params = jax.tree.map(np.ones_like, own.init(jax.random.key(0)))
+    ends = core.Level(np.float32([0.0, 1.0]), np.float32([1.0, 0.0]), np.float32([0.0, 1.0]))
+    assert np.all(np.isfinite(jax.jit(own.apply)(params, ends)))
+    losses = np.float32([0.1, 7.0])
+    slope = jax.jit(jax.grad(lambda u: jnp.sum(weighed(losses, u))))(np.log(losses))
+    np.testing.assert_allclose(slope, 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rate, loss, slope", [(1.0, (2 - VALUE) ** 2, 2 * (2 - VALUE)), (1e-9, 0.25, 1.0)])
@@ -122,12 +124,12 @@ def test_self_conditioning_gives_the_network_its_own_estimate_without_its_gradie
 
 
 def test_pairing_keeps_the_marginals_and_shortens_the_way():
-    x0, eps = jax.random.normal(jax.random.key(0), (2, 48, 2, 1, 1))
-    length = lambda a: float(jnp.mean(jnp.sum((x0 - a) ** 2, axis=(1, 2, 3))))
-    whole, grouped = jax.jit(ot())(x0, eps), jax.jit(ot(group=12))(x0, eps)
+    x0, eps = np.asarray(jax.random.normal(jax.random.key(0), (2, 48, 2, 1, 1)))
+    length = lambda a: np.mean(np.sum((x0 - a) ** 2, axis=(1, 2, 3)))
+    whole, grouped = (np.asarray(jax.jit(pair)(x0, eps)) for pair in (ot(), ot(group=12)))
     for paired, rows in ((whole, 48), (grouped, 12)):
         for a, b in zip(paired.reshape(-1, rows, 2), eps.reshape(-1, rows, 2), strict=True):
-            np.testing.assert_array_equal(*(c[np.lexsort(np.asarray(c).T)] for c in (a, b)))  # a permutation
+            np.testing.assert_array_equal(*(c[np.lexsort(c.T)] for c in (a, b)))  # a permutation
     # Both are N(0, 1) in two dimensions: as independent pairs 4; the exact transport of the batch is far below.
     assert length(whole) < length(grouped) < 0.5 * length(eps)
     with pytest.raises(ValueError, match="group=10 does not divide the batch of 48"):
@@ -155,19 +157,23 @@ def test_pairing_is_the_same_on_eight_devices():
 def test_the_bound_with_the_upper_variance_is_that_of_ddpm(x64):
     # sampling.elbo is written without a variance to learn; v = 1 is its "beta" at every step, the last one included.
     table, data = core.squared_cosine(20), core.Gaussian(0.0, 0.25)
-    x0 = (jnp.round(8 * jnp.clip(0.5 * jax.random.normal(jax.random.key(0), (5, 6)), -1, 1)) / 8).astype(float)
+    x0 = np.round(8 * np.clip(0.5 * np.float64(jax.random.normal(jax.random.key(0), (5, 6))), -1, 1)) / 8
     noise = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(1), i), x0.shape, float)
     levels = table(np.arange(19, -1, -1.0))
     decoder = sampling.discretized_decoder(levels=17)
-    expected = sampling.elbo(data.denoise, x0, levels, noise=noise, variance="beta", decoder=decoder)
-    t = jnp.repeat(jnp.arange(20.0), 5)
-    every, level = jnp.tile(x0, (20, 1)), table(t)
-    x = core.add_noise(every, jnp.concatenate([noise(19 - i) for i in range(20)]), level)
-    prediction = data.denoise(x, core.Level(*(a[:, None] for a in level)))._replace(aux=jnp.ones_like(x))
-    terms = jax.jit(lambda p: bound(LearnedRange(steps=20, bins=17), table, p, every, t))(prediction)
-    found = jnp.mean(terms.reshape(20, 5), axis=0)
-    nats = found * np.log(2) * 6
-    np.testing.assert_allclose(nats, expected.total - expected.prior, rtol=1e-3)
+    elbo = lambda x0: sampling.elbo(data.denoise, x0, levels, noise=noise, variance="beta", decoder=decoder)
+    expected = jax.jit(elbo)(x0)
+    t = np.repeat(np.arange(20.0), 5)
+    every, level = np.tile(x0, (20, 1)), table(t)
+
+    @jax.jit
+    def terms(every):
+        x = core.add_noise(every, jnp.concatenate([noise(19 - i) for i in range(20)]), level)
+        prediction = data.denoise(x, core.Level(*(a[:, None] for a in level)))._replace(aux=jnp.ones_like(x))
+        return bound(LearnedRange(steps=20, bins=17), table, prediction, every, t)
+
+    nats = np.mean(terms(every).reshape(20, 5), axis=0) * np.log(2) * 6
+    np.testing.assert_allclose(nats, np.asarray(expected.total) - expected.prior, rtol=1e-3)
 
 
 def test_only_the_variance_learns_from_the_bound(x64):
@@ -204,10 +210,11 @@ def test_the_bound_of_gaussian_data_does_not_depend_on_the_path(schedule, x64):
 def test_the_schedule_gets_the_gradient_of_the_squares_and_the_network_that_of_the_losses():
     params, levels = {"a": jnp.array([1.0, -2.0])}, {"l": jnp.array([0.3, 0.7, 1.1])}
     measure = lambda p, q: (jnp.sum(jnp.sin(q["l"][:, None] * p["a"]) ** 2, axis=1) * q["l"], ())
-    both = jax.grad(lambda p, q: jnp.mean(squared_for_levels(measure)(p, q)[0]), argnums=(0, 1))(params, levels)
-    losses = jax.grad(lambda p: jnp.mean(measure(p, levels)[0]))(params)
-    squares = jax.grad(lambda q: jnp.mean(measure(params, q)[0] ** 2))(levels)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), both, (losses, squares))
+    both = lambda p, q: jnp.mean(squared_for_levels(measure)(p, q)[0])
+    losses, squares = (lambda p, q, power=n: jnp.mean(measure(p, q)[0] ** power) for n in (1, 2))
+    gradients = jax.jit(lambda *at: (jax.grad(both, (0, 1))(*at), (jax.grad(losses)(*at), jax.grad(squares, 1)(*at))))
+    both, apart = gradients(params, levels)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), both, apart)
 
 
 def test_training_the_schedule_lowers_the_variance_of_the_bound_and_keeps_its_mean():
