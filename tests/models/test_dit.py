@@ -23,7 +23,7 @@ def test_patches_hold_neighbouring_pixels():
 def case():
     params = jax.jit(dit(**SETTINGS).init)(jax.random.key(0))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: a + 0.2 * rng.normal(size=a.shape).astype(np.float32), params)
+    params = jax.tree.map(lambda a: np.asarray(a) + 0.2 * rng.normal(size=a.shape).astype(np.float32), params)
     x = jax.random.normal(jax.random.key(1), (2, 4, 8, 2))
     return params, x, jnp.array([0.2, 0.8]), jnp.array([1, 3])
 
@@ -56,7 +56,7 @@ def test_stacked_blocks_start_different():
 def test_tokens_know_where_they_are(case):
     params, x, t, y = case
     model = dit(**SETTINGS)
-    same = jnp.ones_like(x)
-    tokens = np.asarray(patchify(model.apply(params, same, t, y), 2))[0]
+    same = np.ones(x.shape, np.float32)
+    tokens = np.asarray(jax.jit(lambda *given: patchify(model.apply(*given), 2))(params, same, t, y))[0]
     gaps = np.abs(tokens[:, None] - tokens[None]).max(-1) + np.eye(8)
     assert gaps.min() > 1e-3

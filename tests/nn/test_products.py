@@ -91,7 +91,8 @@ def test_gradients_of_layers_in_bfloat16_are_float32(make):
     from flax import nnx
 
     layer = make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    grads = nnx.grad(lambda layer: jnp.sum(layer(jnp.ones((2, 4, 4, 3))).astype(jnp.float32)))(layer)
+    total = lambda layer: jnp.sum(layer(jnp.ones((2, 4, 4, 3))).astype(jnp.float32))
+    grads = nnx.jit(nnx.grad(total))(layer)
     assert grads["kernel"][...].dtype == jnp.float32
     # 32 ones for each weight, but for the padding of a convolution.
     assert np.asarray(grads["kernel"][...]).max() == 32
