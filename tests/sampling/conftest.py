@@ -1,6 +1,6 @@
 """Shared by the tests of the solvers: exact flows to measure orders on, and the fit."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ GAUSSIAN = dj.Gaussian(np.array([0.4, -0.3, 0.1]), np.diag([1.0, 0.1, 0.01]))
 # Two overlapping modes: the flow is not linear in x, so conditions that bind only for non-linear fields count.
 MIXTURE = dj.Mixture([1.0, 2.0], [[1.0, 0.0], [-0.6, 0.5]], [[[0.5, 0.1], [0.1, 0.4]], [[0.3, 0.0], [0.0, 0.6]]])
 TARGETS = {"gaussian": GAUSSIAN, "mixture": MIXTURE}
+FLOWS = {"gaussian": jax.jit(GAUSSIAN.flow), "mixture": jax.jit(partial(MIXTURE.flow, rtol=1e-12))}
 
 
 def padded(grid, n):
@@ -31,10 +32,10 @@ def smooth_grid(schedule, n, s_min=0.1, s_max=10.0):
 @lru_cache
 def end_point(target, s_start, s_end):
     """Where the exact flow of x / alpha ends; the same ODE for every schedule, so it is integrated once."""
-    truth, d = TARGETS[target], 3 if target == "gaussian" else 2
+    d = 3 if target == "gaussian" else 2
     start, end = (dj.Level(np.zeros(()), np.ones(()), np.array(s)) for s in (s_start, s_end))
-    y = jnp.asarray(np.random.default_rng(0).normal(size=(16, d))) * np.hypot(1, s_start)
-    return truth.flow(y, start, end) if target == "gaussian" else truth.flow(y, start, end, rtol=1e-12)
+    y = np.random.default_rng(0).normal(size=(16, d)) * np.hypot(1, s_start)
+    return np.asarray(FLOWS[target](y, start, end))
 
 
 def fit_order(make, schedules, *, target="gaussian", steps=(32, 64, 128), grid=smooth_grid, noise=None):
@@ -43,7 +44,7 @@ def fit_order(make, schedules, *, target="gaussian", steps=(32, 64, 128), grid=s
     One compilation per solver that does not depend on the schedule: grids are arguments, shorter ones padded.
     """
     truth, d = TARGETS[target], 3 if target == "gaussian" else 2
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, d)))
+    x = np.random.default_rng(0).normal(size=(16, d))
     out, runs = {}, {}
     for name, schedule in schedules.items():
         solver = make(schedule)
@@ -55,7 +56,7 @@ def fit_order(make, schedules, *, target="gaussian", steps=(32, 64, 128), grid=s
             levels = grid(schedule, n)
             start = x * np.hypot(levels.alpha[0], levels.sigma[0])
             exact = levels.alpha[-1] * end_point(target, round(levels.s[0], 9), round(levels.s[-1], 9))
-            errors.append(float(jnp.sqrt(jnp.mean((run(start, padded(levels, steps[-1])) - exact) ** 2))))
+            errors.append(np.sqrt(np.mean((run(start, padded(levels, steps[-1])) - exact) ** 2)))
         out[name] = (-np.polyfit(np.log(steps), np.log(errors), 1)[0], errors)
     return out
 

@@ -40,7 +40,8 @@ def test_order_in_every_form(predict, basis, x64, order_fit):
 
 def test_the_step_to_zero_keeps_its_order(x64):
     # To sigma = 0 on a grid smooth in asinh: order 3, where a basis of log s has a first-order last step.
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)))
+    x = np.random.default_rng(0).normal(size=(16, 3))
+    flow = jax.jit(GAUSSIAN.flow)
     slopes = {}
     for basis in ("asinh", "log"):
         solver, errors = dj.adams(3, "v", basis=basis, corrector=False, scale=0.1), []
@@ -48,8 +49,8 @@ def test_the_step_to_zero_keeps_its_order(x64):
         for n in (32, 64, 128):
             levels = dj.asinh(dj.EDM(), n, scale=0.1, s_max=40.0)
             pad = dj.Level(*(jnp.asarray(np.pad(f, (0, 128 - n), mode="edge")) for f in levels))
-            exact = GAUSSIAN.flow(40 * x, levels.at(0), levels.at(-1))
-            errors.append(float(jnp.sqrt(jnp.mean((run(40 * x, pad) - exact) ** 2))))
+            exact = flow(40 * x, levels.at(0), levels.at(-1))
+            errors.append(np.sqrt(np.mean(np.subtract(run(40 * x, pad), exact) ** 2)))
         slopes[basis] = -np.polyfit(np.log([32, 64, 128]), np.log(errors), 1)[0]
     assert slopes["asinh"] > 2.8 and slopes["log"] < 2.5, slopes
 
@@ -70,35 +71,33 @@ def test_a_gaussian_is_exact_in_any_number_of_steps(schedule, kind, x64):
     truth = dj.Gaussian(mean, cov)
     made = PROCESSES[schedule]
     levels = dj.custom(made, np.linspace(made.t_max, 0.0 if schedule == "edm" else made.t_min, 3))
-    x = jnp.asarray(rng.normal(size=(4, 3))) * np.hypot(levels.alpha[0], levels.sigma[0])
-    for solver in (dj.adams(2, stats=truth), dj.jump(dj.adams(4, stats=truth), truth)):
-        out = dj.sample(solver, truth.denoise, x, levels)
-        np.testing.assert_allclose(out, truth.flow(x, levels.at(0), levels.at(-1)), atol=1e-9)
+    x = rng.normal(size=(4, 3)) * np.hypot(levels.alpha[0], levels.sigma[0])
+    solvers = dj.adams(2, stats=truth), dj.jump(dj.adams(4, stats=truth), truth)
+    run = lambda x: [dj.sample(solver, truth.denoise, x, levels) for solver in solvers]
+    exact, *outs = jax.jit(lambda x: [truth.flow(x, levels.at(0), levels.at(-1)), *run(x)])(x)
+    for out in outs:
+        np.testing.assert_allclose(out, exact, atol=1e-9)
 
 
 def test_x0_in_log_s_of_two_points_is_the_true_second_order_form_of_dpmpp_2m(x64):
     # DPM-Solver++(2M) truncates the integral of the linear term; both are second order and agree to third.
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)))
+    x = np.random.default_rng(0).normal(size=(16, 3))
+    solvers = dj.adams(2, "x0", basis="log", corrector=False), dj.dpmpp_2m()
     gaps = []
     for n in (50, 100):
         levels = dj.logsnr(dj.EDM(), n, s_min=0.1, s_max=40.0)
-        ours, theirs = (
-            dj.sample(solver, GAUSSIAN.denoise, 40 * x, levels)
-            for solver in (dj.adams(2, "x0", basis="log", corrector=False), dj.dpmpp_2m())
-        )
-        gaps.append(float(jnp.abs(ours - theirs).max()))
+        run = jax.jit(lambda x, levels=levels: [dj.sample(solver, GAUSSIAN.denoise, x, levels) for solver in solvers])
+        gaps.append(np.abs(np.subtract(*run(40 * x))).max())
     assert gaps[1] < 0.01 and gaps[0] / gaps[1] > 3.4
 
 
 def test_one_point_is_euler(x64):
     levels = dj.karras(dj.VP(), 9)
-    x = 20 * jnp.ones((2, 3))
-    one = dj.adams(1, "x0", corrector=False)
-    expected = dj.sample(dj.euler(), GAUSSIAN.denoise, x, levels)
-    np.testing.assert_allclose(dj.sample(one, GAUSSIAN.denoise, x, levels), expected, rtol=1e-12)
-    np.testing.assert_allclose(
-        dj.sample(dj.adams(1, "eps", corrector=False), GAUSSIAN.denoise, x, levels), expected, rtol=1e-12
-    )
+    solvers = dj.euler(), dj.adams(1, "x0", corrector=False), dj.adams(1, "eps", corrector=False)
+    run = jax.jit(lambda x: [dj.sample(solver, GAUSSIAN.denoise, x, levels) for solver in solvers])
+    expected, of_x0, of_eps = run(np.full((2, 3), 20.0))
+    np.testing.assert_allclose(of_x0, expected, rtol=1e-12)
+    np.testing.assert_allclose(of_eps, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("make", [dj.adams, lambda: dj.jump(dj.adams(2), GAUSSIAN)])
@@ -120,7 +119,7 @@ def test_float32_floor(x64):
     # Rounding, not the method, is what 200 steps of the fourth-order method leave: about 1e-6 of the data's std.
     levels = dj.asinh(dj.EDM(), 200, scale=0.1, s_max=40.0)
     x = 40 * np.random.default_rng(0).normal(size=(64, 3))
-    exact = GAUSSIAN.flow(x, levels.at(0), levels.at(-1))
+    exact = jax.jit(lambda x: GAUSSIAN.flow(x, levels.at(0), levels.at(-1)))(x)
     errors, in_dtype_of_x = {}, lambda x, level: jax.tree.map(lambda a: a.astype(x.dtype), GAUSSIAN.denoise(x, level))
     for dtype in (np.float32, np.float64):
         run = jax.jit(lambda x: dj.sample(dj.adams(), in_dtype_of_x, x, levels))
@@ -137,7 +136,7 @@ def test_the_jump_costs_nothing_and_keeps_other_solvers(x64):
         jax.debug.callback(lambda _: calls.append(1), level.t)
         return GAUSSIAN.denoise(x, level)
 
-    x = 80 * jnp.ones((2, 3))
+    x = np.full((2, 3), 80.0)
     for solver in (dj.dpmpp_2m(), dj.heun("alpha"), dj.adams()):
         calls.clear()
         jumped = dj.jump(solver, GAUSSIAN)
@@ -145,17 +144,17 @@ def test_the_jump_costs_nothing_and_keeps_other_solvers(x64):
         jax.block_until_ready(out)
         jax.effects_barrier()
         assert len(calls) == jumped.nfe(10) == solver.nfe(9)
-        landed = GAUSSIAN.flow(x, levels.at(0), levels.at(1))
-        rest = dj.sample(solver, GAUSSIAN.denoise, landed, levels.at(slice(1, None)))
+        landed = jax.jit(lambda x: GAUSSIAN.flow(x, levels.at(0), levels.at(1)))(x)
+        rest = jax.jit(lambda x, s=solver: dj.sample(s, GAUSSIAN.denoise, x, levels.at(slice(1, None))))(landed)
         np.testing.assert_allclose(out, rest, rtol=1e-10)
 
 
 def test_float32_state_stays_float32_where_float64_is_enabled(x64):
-    levels, x = dj.karras(dj.EDM(), 5), 80 * jnp.ones((2, 3), jnp.float32)
+    levels, x = dj.karras(dj.EDM(), 5), np.full((2, 3), 80.0, np.float32)
     stats = dj.Gaussian(np.full(3, 0.1), np.full(3, 0.5))
     network = lambda x, level: dj.Prediction(0.1 * x, (x - level.alpha * 0.1 * x) / level.sigma)
     for solver in (dj.adams(stats=stats), dj.jump(dj.adams(stats=stats), stats)):
-        assert dj.sample(solver, network, x, levels).dtype == jnp.float32
+        assert jax.jit(lambda x, s=solver: dj.sample(s, network, x, levels))(x).dtype == jnp.float32
 
 
 def test_messages():

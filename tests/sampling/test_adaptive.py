@@ -12,6 +12,7 @@ import diffjax as dj
 
 GAUSSIAN = dj.Gaussian(np.array([0.4, -0.3, 0.1]), np.diag([1.0, 0.1, 0.01]))
 MIXTURE = dj.Mixture([1.0, 2.0], [[1.0, 0.0], [-0.6, 0.5]], [[[0.5, 0.1], [0.1, 0.4]], [[0.3, 0.0], [0.0, 0.6]]])
+exact_flow = jax.jit(partial(MIXTURE.flow, rtol=1e-12))
 CLEAN = dj.Level(np.array(0.0), np.array(1.0), np.array(0.0))
 
 
@@ -21,11 +22,11 @@ def level(schedule, s):
 
 def noise(start, d, n=6):
     scale = np.hypot(start.alpha, start.sigma)
-    return jnp.asarray(np.random.default_rng(0).normal(size=(n, d)) * scale)
+    return np.random.default_rng(0).normal(size=(n, d)) * scale
 
 
 def rmse(a, b):
-    return float(jnp.sqrt(jnp.mean((a - b) ** 2)))
+    return np.sqrt(np.mean(np.subtract(a, b) ** 2))
 
 
 @pytest.mark.parametrize("name", ["flow", "edm"])
@@ -33,7 +34,7 @@ def test_the_error_follows_the_tolerance_from_end_to_end(name, x64):
     schedule = dj.SCHEDULES[name]()
     start = schedule(np.array(schedule.t_max))  # alpha = 0 for flow
     x = noise(start, 3)
-    exact = GAUSSIAN.flow(x, start, CLEAN)
+    exact = jax.jit(lambda x: GAUSSIAN.flow(x, start, CLEAN))(x)
     run = jax.jit(lambda x, tol: dj.adaptive(GAUSSIAN.denoise, schedule, x, start, CLEAN, rtol=tol, atol=tol))
     tolerances = np.array([1e-4, 1e-6, 1e-8])
     outs = [run(x, tol) for tol in tolerances]
@@ -45,9 +46,9 @@ def test_the_error_follows_the_tolerance_from_end_to_end(name, x64):
     assert calls[0] < calls[1] < calls[2]
     assert run._cache_size() == 1
     for _, stats in outs:
-        assert bool(jnp.all(stats.finished))
+        assert np.all(stats.finished)
         # Each try of the batch is six calls, after two for the first slope and the first step size.
-        assert int(stats.calls) == 2 + 6 * int(jnp.max(stats.accepted + stats.rejected))
+        assert int(stats.calls) == 2 + 6 * np.max(np.add(stats.accepted, stats.rejected))
 
 
 @pytest.mark.parametrize("method", ["rk45", "rk23"])
@@ -55,21 +56,21 @@ def test_a_mixture_in_both_directions(method, x64):
     schedule = dj.VP()
     noisy, clean = level(schedule, 20.0), level(schedule, 0.05)
     x = noise(noisy, 2)
-    exact = MIXTURE.flow(x, noisy, clean, rtol=1e-12)
+    exact = exact_flow(x, noisy, clean)
     run = jax.jit(partial(dj.adaptive, MIXTURE.denoise, schedule, method=method, rtol=1e-7, atol=1e-7))
     down, _ = run(x, noisy, clean)
     assert rmse(down, exact) < 1e-6
     up, stats = run(exact, clean, noisy)
-    assert rmse(up / noisy.s, x / noisy.s) < 1e-6 and bool(stats.finished.all())
+    assert rmse(up, x) / noisy.s < 1e-6 and np.all(stats.finished)
 
 
 def test_clean_data_are_encoded_from_sigma_zero(x64):
     schedule = dj.Cosine()
     noisy = schedule(np.array(0.9))
-    x0 = GAUSSIAN.sample(jax.random.key(0), 5)
+    x0 = jax.jit(lambda key: GAUSSIAN.sample(key, 5))(jax.random.key(0))
     run = jax.jit(partial(dj.adaptive, GAUSSIAN.denoise, schedule, rtol=1e-8, atol=1e-8))
     up, _ = run(x0, CLEAN, noisy)
-    assert rmse(up, GAUSSIAN.flow(x0, CLEAN, noisy)) < 1e-7
+    assert rmse(up, jax.jit(lambda x0: GAUSSIAN.flow(x0, CLEAN, noisy))(x0)) < 1e-7
     np.testing.assert_array_equal(run(x0, CLEAN, CLEAN)[0], x0)
 
 
@@ -79,7 +80,9 @@ def test_error_and_calls_are_those_of_scipy(x64):
     schedule = dj.Flow()
     start, end = schedule(np.array(1.0)), level(schedule, 1e-3)
     x = noise(start, 2, n=3)
-    exact = MIXTURE.flow(x, level(schedule, 1e5), end, rtol=1e-12)
+    exact = np.asarray(exact_flow(x, level(schedule, 1e5), end))
+    z = np.asarray(jax.jit(lambda x: dj.to_flow(x, start))(x))
+    back = jax.jit(lambda z: dj.from_flow(z, end))
     field = jax.jit(dj.probability_flow(MIXTURE.denoise, schedule))
     run = jax.jit(lambda x, tol: dj.adaptive(MIXTURE.denoise, schedule, x, start, end, rtol=tol, atol=tol))
     for tol in (1e-4, 1e-7):
@@ -90,11 +93,11 @@ def test_error_and_calls_are_those_of_scipy(x64):
             solution = solve_ivp(
                 lambda r, z: np.asarray(field(r, z[None]))[0],
                 (float(dj.flow_time(start)), float(dj.flow_time(end))),
-                np.asarray(dj.to_flow(x, start)[i]),
+                z[i],
                 rtol=tol,
                 atol=tol,
             )
-            theirs.append((solution.nfev, rmse(dj.from_flow(solution.y[:, -1], end), exact[i])))
+            theirs.append((solution.nfev, rmse(back(solution.y[:, -1]), exact[i])))
         (calls, error), (scipy_calls, scipy_error) = np.mean(ours, axis=0), np.mean(theirs, axis=0)
         assert calls <= 1.2 * scipy_calls + 6, (tol, ours, theirs)
         assert error < 4 * scipy_error, (tol, ours, theirs)
@@ -103,23 +106,24 @@ def test_error_and_calls_are_those_of_scipy(x64):
 def test_each_sample_takes_its_own_steps(x64):
     schedule = dj.EDM()
     start, end = level(schedule, 40.0), level(schedule, 0.01)
-    x = noise(start, 2, n=4).at[0].set(MIXTURE.means[0])
+    x = noise(start, 2, n=4)
+    x[0] = MIXTURE.means[0]
     run = lambda x, start, per_sample: dj.adaptive(
         MIXTURE.denoise, schedule, x, start, end, per_sample=per_sample, rtol=1e-7, atol=1e-7
     )
     own = jax.jit(lambda x, start: run(x, start, True))
-    starts = dj.Level(*(jnp.broadcast_to(jnp.asarray(f), (4,)) for f in start))
+    starts = dj.Level(*(np.full(4, f) for f in start))
     out, stats = own(x, starts)
     assert len(set(np.asarray(stats.accepted).tolist())) > 1
     # Alone, a sample takes the same steps to the same place.
-    alone, alone_stats = own(jnp.broadcast_to(x[1], x.shape), starts)
-    np.testing.assert_allclose(alone[0], out[1], rtol=1e-9)
-    assert int(alone_stats.accepted[0]) == int(stats.accepted[1])
+    alone, alone_stats = own(np.broadcast_to(x[1], x.shape), starts)
+    np.testing.assert_allclose(np.asarray(alone)[0], np.asarray(out)[1], rtol=1e-9)
+    assert np.asarray(alone_stats.accepted)[0] == np.asarray(stats.accepted)[1]
     # A sample that starts at the end stays where it is.
-    begin = dj.Level(*(a.at[2].set(b) for a, b in zip(starts, end, strict=True)))
-    moved, still = own(x, begin)
+    begin = dj.Level(*(np.where(np.arange(4) == 2, b, a) for a, b in zip(starts, end, strict=True)))
+    moved, still = jax.tree.map(np.asarray, own(x, begin))
     np.testing.assert_array_equal(moved[2], x[2])
-    assert int(still.accepted[2]) == 0 and bool(still.finished.all())
+    assert still.accepted[2] == 0 and still.finished.all()
     # One step size for all: the network sees scalar levels, and each error is within the tolerance as before.
     seen = []
 
@@ -130,21 +134,21 @@ def test_each_sample_takes_its_own_steps(x64):
     common, common_stats = jax.jit(
         lambda x: dj.adaptive(denoise, schedule, x, start, end, per_sample=False, rtol=1e-7, atol=1e-7)
     )(x)
-    exact = MIXTURE.flow(x, start, end, rtol=1e-12)
+    exact = exact_flow(x, start, end)
     assert set(seen) == {()} and common_stats.accepted.shape == ()
     assert rmse(common, exact) < 1e-6 and rmse(out, exact) < 1e-6
     # Given as many steps as it needs, less one, the run says that it has not arrived.
-    few = int(jnp.max(stats.accepted)) - 1
+    few = int(np.max(stats.accepted)) - 1
     cut, unfinished = jax.jit(
         lambda x: dj.adaptive(MIXTURE.denoise, schedule, x, start, end, rtol=1e-7, atol=1e-7, max_steps=few)
     )(x)
-    assert not bool(unfinished.finished.all()) and bool(jnp.isfinite(cut).all())
+    assert not np.all(unfinished.finished) and np.isfinite(cut).all()
 
 
 def test_float32_at_the_default_tolerance():
     schedule = dj.Flow()
     start = schedule(np.array(1.0))
-    x = noise(start, 3).astype(jnp.float32)
+    x = noise(start, 3).astype(np.float32)
     levels = []
 
     def denoise(x, level):
@@ -154,7 +158,8 @@ def test_float32_at_the_default_tolerance():
     out, stats = jax.block_until_ready(jax.jit(lambda x: dj.adaptive(denoise, schedule, x, start, CLEAN))(x))
     jax.effects_barrier()
     assert out.dtype == jnp.float32
-    assert rmse(out, GAUSSIAN.flow(x, start, CLEAN)) < 1e-4 and bool(stats.finished.all())
+    exact = jax.jit(lambda x: GAUSSIAN.flow(x, start, CLEAN))(x)
+    assert rmse(out, exact) < 1e-4 and np.all(stats.finished)
     assert min(levels) > 0  # no call at sigma = 0
     assert len(levels) == int(stats.calls)
 

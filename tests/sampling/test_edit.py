@@ -13,7 +13,8 @@ KNOWN = np.array([1.5, np.nan])  # the hidden half must never be read
 
 
 def start(n, grid, seed=0):
-    return dj.prior(jax.random.key(seed), (n, 2), grid, mean=GAUSSIAN.mean, std=np.sqrt(np.diag(GAUSSIAN.cov)))
+    std = np.sqrt(np.diag(GAUSSIAN.cov))
+    return jax.jit(lambda key: dj.prior(key, (n, 2), grid, mean=GAUSSIAN.mean, std=std))(jax.random.key(seed))
 
 
 @pytest.mark.parametrize("n, strength, steps", [(50, 0.3, 15), (10, 1.0, 10), (7, 0.5, 3), (30, 0.99, 29)])
@@ -27,27 +28,28 @@ def test_strength_counts_steps_as_image_to_image_does(n, strength, steps):
 def test_sdedit_is_the_exact_flow_from_the_noised_guide(x64):
     # From one level down, the probability flow of a Gaussian is known: mean and variance of the result follow.
     levels = dj.karras(dj.VP(), 40, s_min=0.01, zero=False)
-    guide = jnp.asarray([[2.0, -1.0]])
+    guide = np.array([[2.0, -1.0]])
     cut = dj.start_from(levels, 0.5)
     run = jax.jit(lambda x0, keys: dj.sdedit(dj.heun(), GAUSSIAN.denoise, x0, levels, keys, strength=0.5))
-    out = run(jnp.broadcast_to(guide, (10_000, 2)), jax.random.split(jax.random.key(0), 10_000))
+    keys = jax.random.split(jax.random.key(0), 10_000)
+    out = np.asarray(run(np.broadcast_to(guide, (10_000, 2)), keys))
     carry = lambda x: GAUSSIAN.flow(x, cut.at(0), cut.at(-1))
-    mean = carry(cut.alpha[0] * guide)[0]
-    push = jax.jacobian(lambda x: carry(x[None])[0])(cut.alpha[0] * guide[0]) * cut.sigma[0]
+    both = jax.jit(lambda x: (carry(x[None])[0], jax.jacobian(lambda x: carry(x[None])[0])(x)))
+    mean, push = map(np.asarray, both(cut.alpha[0] * guide[0]))
+    push = push * cut.sigma[0]
     std = np.sqrt(np.diag(push @ push.T))
     # 10,000 draws: 1 % of a std for a mean, 0.7 % for a std; five of each, and heun's 40 steps leave less.
     np.testing.assert_allclose((out.mean(0) - mean) / std, 0, atol=5 * 0.01)
     np.testing.assert_allclose(out.std(0) / std, 1, atol=5 * 0.007)
     # A sample's result depends on its own key alone. Another batch size is another program, which may round otherwise:
     # a few units in the last place of float64 in each of 40 steps; another key would change the first digit.
-    keys = jax.random.split(jax.random.key(0), 10_000)[:3]
-    np.testing.assert_allclose(run(jnp.broadcast_to(guide, (3, 2)), keys), out[:3], rtol=0, atol=1e-13)
+    np.testing.assert_allclose(run(np.broadcast_to(guide, (3, 2)), keys[:3]), out[:3], rtol=0, atol=1e-13)
 
 
 def test_noised_has_the_moments_of_the_level():
     level = dj.VP()(np.array([0.2, 0.8]))
     draw = jax.vmap(lambda key: dj.noised(jnp.asarray([[1.0, -2.0], [3.0, 0.0]], jnp.bfloat16), level, key))
-    x = draw(jax.random.split(jax.random.key(1), 10_000))
+    x = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(1), 10_000)))
     assert x.dtype == jnp.float32
     np.testing.assert_allclose(x.mean(0), level.alpha[:, None] * [[1.0, -2.0], [3.0, 0.0]], atol=5 / 10_000**0.5)
     np.testing.assert_allclose(x.std(0), np.broadcast_to(level.sigma[:, None], (2, 2)), rtol=5 / 20_000**0.5)
@@ -58,14 +60,9 @@ def test_known_part_is_exact_at_the_end_and_noised_before(solver):
     levels = dj.karras(dj.VP(), 10)
     x = start(4000, levels)
     filled = dj.inpaint(solver, KNOWN, MASK)
-    out, path = dj.sample(
-        filled,
-        GAUSSIAN.denoise,
-        x,
-        levels,
-        jax.random.key(1),
-        trace=lambda s: (s.x_next[:, 0].mean(), s.x_next[:, 0].std()),
-    )
+    trace = lambda s: (s.x_next[:, 0].mean(), s.x_next[:, 0].std())
+    run = jax.jit(lambda x, key: dj.sample(filled, GAUSSIAN.denoise, x, levels, key, trace=trace))
+    out, path = jax.tree.map(np.asarray, run(x, jax.random.key(1)))
     np.testing.assert_array_equal(out[:, 0], np.float32(1.5))
     assert np.all(np.isfinite(out)) and np.any(out[:, 1] != out[0, 1])
     np.testing.assert_allclose(path[0], levels.alpha[1:] * 1.5, atol=5 / 4000**0.5)
@@ -75,9 +72,10 @@ def test_known_part_is_exact_at_the_end_and_noised_before(solver):
 
 def test_fixed_noise_is_one_path_and_draws_nothing():
     levels = dj.karras(dj.VP(), 6)
-    x, noise = start(5, levels), jax.random.normal(jax.random.key(3), (5, 2))
+    x, noise = start(5, levels), np.random.default_rng(3).normal(size=(5, 2)).astype(np.float32)
     solver = dj.inpaint(dj.euler(), KNOWN, MASK, noise=noise)
-    _, path = dj.sample(solver, GAUSSIAN.denoise, x, levels, trace=lambda s: s.x_next[:, 0])
+    run = jax.jit(lambda x: dj.sample(solver, GAUSSIAN.denoise, x, levels, trace=lambda s: s.x_next[:, 0]))
+    _, path = run(x)
     np.testing.assert_allclose(path, levels.alpha[1:, None] * 1.5 + levels.sigma[1:, None] * noise[:, 0], rtol=1e-5)
 
 
@@ -106,8 +104,8 @@ def test_repaint_calls_the_network_on_the_way_down_only(make):
 
     solver = dj.repaint(make(), KNOWN, MASK, jump_length=3, resamplings=3)
     grid = dj.repaint_levels(dj.karras(dj.VP(), 12), 3, 3)
-    out = jax.jit(lambda x, key: dj.sample(solver, counted, x, grid, key))(start(3, grid), jax.random.key(0))
-    jax.block_until_ready(out)
+    run = jax.jit(lambda x, key: dj.sample(solver, counted, x, grid, key))
+    out = np.asarray(run(start(3, grid), jax.random.key(0)))
     jax.effects_barrier()
     # 12 steps and six jumps of three, each walked down again.
     assert len(calls) == solver.nfe(len(grid.t) - 1) == make().nfe(12 + 6 * 3)
@@ -119,10 +117,14 @@ def test_going_up_is_the_forward_process():
     low, high = dj.VP()(np.array(0.3)), dj.VP()(np.array(0.6))
     grid = dj.Level(*(np.stack([a, b]) for a, b in zip(low, high, strict=True)))
     n = 40_000
-    data = GAUSSIAN.sample(jax.random.key(0), n)
-    x = dj.noised(data, low, jax.random.key(1))
     solver = dj.repaint(dj.ddim(1.0), KNOWN, MASK, jump_length=1, resamplings=2)
-    up = dj.sample(solver, GAUSSIAN.denoise, x, grid, jax.random.key(2))
+
+    @jax.jit
+    def run(keys):
+        x = dj.noised(GAUSSIAN.sample(keys[0], n), low, keys[1])
+        return dj.sample(solver, GAUSSIAN.denoise, x, grid, keys[2])
+
+    up = np.asarray(run([jax.random.key(i) for i in range(3)]))
     cov = high.alpha**2 * GAUSSIAN.cov + high.sigma**2 * np.eye(2)
     std = np.sqrt(np.diag(cov))
     np.testing.assert_allclose((up.mean(0) - high.alpha * GAUSSIAN.mean) / std, 0, atol=5 / n**0.5)

@@ -18,6 +18,10 @@ SOLVERS = {
 }
 
 
+def normal(*shape, std=1.0):
+    return (std * np.random.default_rng(0).normal(size=shape)).astype(np.float32)
+
+
 def test_the_three_line_example():
     def f(x, t):
         return -x
@@ -32,8 +36,8 @@ def test_the_three_line_example():
 @pytest.mark.parametrize("name", SOLVERS)
 def test_scan_unroll_and_host_agree(name):
     grid = dj.karras(dj.EDM(), 6)
-    x, key = 80 * jax.random.normal(jax.random.key(0), (3, 2)), jax.random.key(1)
     trace = lambda info: {"x0": info.prediction.x0, "index": info.index, "s": info.level.s}
+    x, key = normal(3, 2, std=80), jax.random.key(1)
     results = [
         dj.sample(SOLVERS[name], GAUSSIAN.denoise, x, grid, key, trace=trace, loop=loop)
         for loop in ("scan", "unroll", "host")
@@ -65,8 +69,8 @@ def test_no_retrace_when_only_the_grid_changes():
 def test_a_padded_grid_is_the_short_grid(name):
     grid = dj.karras(dj.EDM(), 5)
     longer = dj.Level(*(np.pad(field, (0, 4), mode="edge") for field in grid))
-    x, key = 80 * jax.random.normal(jax.random.key(0), (3, 2)), jax.random.key(1)
-    short, long = (dj.sample(SOLVERS[name], GAUSSIAN.denoise, x, levels, key) for levels in (grid, longer))
+    run = lambda x, key: [dj.sample(SOLVERS[name], GAUSSIAN.denoise, x, levels, key) for levels in (grid, longer)]
+    short, long = jax.jit(run)(normal(3, 2, std=80), jax.random.key(1))
     np.testing.assert_allclose(long, short, atol=1e-5)
 
 
@@ -82,22 +86,24 @@ def test_gradients_are_finite_on_the_full_flow_grid(name, loop):
         f = lambda x, t: w * x * jnp.cos(t)[:, None]
         return jnp.sum(dj.sample(SOLVERS[name], dj.denoiser(f, head), x, grid, jax.random.key(0), loop=loop) ** 2)
 
-    x = jax.random.normal(jax.random.key(1), (3, 2))
-    value, (dw, dx) = jax.value_and_grad(objective, argnums=(0, 1))(jnp.float32(0.3), x)
+    x = normal(3, 2)
+    value, (dw, dx) = jax.jit(jax.value_and_grad(objective, argnums=(0, 1)))(np.float32(0.3), x)
     assert np.isfinite(value) and np.isfinite(dw) and np.all(np.isfinite(dx))
     step = 1e-2
-    numeric = (objective(0.3 + step, x) - objective(0.3 - step, x)) / (2 * step)
+    ends = jax.jit(lambda x: (objective(0.3 + step, x), objective(0.3 - step, x)))(x)
+    numeric = np.subtract(*ends) / (2 * step)
     np.testing.assert_allclose(dw, numeric, rtol=0.01)  # central difference of float32 values
-    batched = jax.vmap(jax.grad(objective))(jnp.array([0.3, 0.5], jnp.float32), jnp.stack([x, x]))
+    batched = jax.jit(jax.vmap(jax.grad(objective)))(np.array([0.3, 0.5], np.float32), np.stack([x, x]))
     np.testing.assert_allclose(batched[0], dw, rtol=1e-4)
 
 
 def test_prior_has_the_std_of_x_at_the_first_level():
     # Of the peers, one draws unit noise for a VE process that starts at sigma 80.
     n = 100_000
+    draw = jax.jit(lambda grid: dj.prior(jax.random.key(0), (n, 1), grid, mean=0.5, std=0.3))
     for schedule in (dj.VE(0.01, 80.0), dj.EDM(), dj.VP(), dj.Flow(), dj.ddpm(), dj.SubVP()):
         for grid in (dj.uniform(schedule, 4), dj.karras(schedule, 4, s_max=10.0)):
-            x = np.asarray(dj.prior(jax.random.key(0), (n, 1), grid, mean=0.5, std=0.3))
+            x = np.asarray(draw(grid))
             x0 = 0.5 + 0.3 * np.random.default_rng(0).normal(size=n)
             eps = np.random.default_rng(1).normal(size=n)
             true = grid.alpha[0] * x0 + grid.sigma[0] * eps
@@ -109,26 +115,30 @@ def test_prior_has_the_std_of_x_at_the_first_level():
 def test_noise_of_a_sample_does_not_depend_on_the_batch():
     grid = dj.karras(dj.EDM(), 5)
     keys = jax.random.split(jax.random.key(7), 5)
-    starts = jax.vmap(lambda k: jax.random.fold_in(k, 1000))(keys)
+    starts = jax.jit(jax.vmap(lambda k: jax.random.fold_in(k, 1000)))(keys)
     noise = dj.prior(starts, (5, 2), grid)
     np.testing.assert_array_equal(dj.prior(starts[3:4], (1, 2), grid), noise[3:4])  # bit for bit
-    run = lambda keys, x: dj.sample(dj.ddim(1.0), GAUSSIAN.denoise, x, grid, keys)
+    run = jax.jit(lambda keys, x: dj.sample(dj.ddim(1.0), GAUSSIAN.denoise, x, grid, keys))
     np.testing.assert_allclose(run(keys[3:4], noise[3:4]), run(keys, noise)[3:4], rtol=1e-5, atol=1e-6)
 
 
 def test_injected_noise_replaces_the_key():
     grid = dj.karras(dj.EDM(), 4)
-    x, key = 80 * jnp.ones((2, 2)), jax.random.key(3)
-    fold = lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j)
-    injected = dj.sample(
-        dj.ddim(1.0), GAUSSIAN.denoise, x, grid, noise=lambda i, j: jax.random.normal(fold(i, j), x.shape)
-    )
-    np.testing.assert_allclose(injected, dj.sample(dj.ddim(1.0), GAUSSIAN.denoise, x, grid, key), rtol=1e-6)
+
+    @jax.jit
+    def both(x, key):
+        fold = lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j)
+        noise = lambda i, j: jax.random.normal(fold(i, j), x.shape)
+        run = lambda **given: dj.sample(dj.ddim(1.0), GAUSSIAN.denoise, x, grid, **given)
+        return run(noise=noise), run(key=key)
+
+    np.testing.assert_allclose(*both(np.full((2, 2), 80.0, np.float32), jax.random.key(3)), rtol=1e-6)
 
 
 def test_bfloat16_state_is_sampled_in_float32():
     grid = dj.karras(dj.EDM(), 4)
-    assert dj.sample(dj.heun(), GAUSSIAN.denoise, jnp.ones((2, 2), jnp.bfloat16), grid).dtype == jnp.float32
+    run = jax.jit(lambda x: dj.sample(dj.heun(), GAUSSIAN.denoise, x, grid))
+    assert run(np.ones((2, 2), jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_progress_wraps_the_host_loop():
@@ -248,11 +258,13 @@ def test_the_first_step_that_is_not_finite_is_reported(loop):
 
 def test_a_solver_must_allow_noise_to_grow():
     back = lambda n: dj.Level(*(field[::-1] for field in dj.logsnr(dj.EDM(), n, s_min=0.01, s_max=10.0)))
-    x = jnp.ones((2, 2))
+    x = np.ones((2, 2), np.float32)
+    solver = dj.ddim()._replace(ascending=True)
     with pytest.raises(ValueError, match="must not grow along the grid.*encode"):
         dj.sample(dj.ddim(), GAUSSIAN.denoise, x, back(6))
     errors = []
     for n in (100, 200):
-        there = dj.sample(dj.ddim()._replace(ascending=True), GAUSSIAN.denoise, x, back(n))
-        errors.append(float(jnp.max(jnp.abs(there - GAUSSIAN.flow(x, back(n).at(0), back(n).at(-1))))))
+        there = jax.jit(lambda x, n=n: dj.sample(solver, GAUSSIAN.denoise, x, back(n)))(x)
+        exact = jax.jit(lambda x, n=n: GAUSSIAN.flow(x, back(n).at(0), back(n).at(-1)))(x)
+        errors.append(np.abs(np.subtract(there, exact)).max())
     assert 1.7 < errors[0] / errors[1] < 2.3  # Euler's method, order 1, in this direction as in the other

@@ -32,7 +32,8 @@ def test_order_on_every_schedule(name, x64):
     steps = (32, 64, 128)
     # One compilation for all schedules and lengths: the grid is an argument, shorter ones are padded.
     run = jax.jit(lambda x, levels: dj.sample(solver, GAUSSIAN.denoise, x, levels))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)))
+    flow = jax.jit(GAUSSIAN.flow)
+    x = np.random.default_rng(0).normal(size=(16, 3))
     for label, schedule in SCHEDULES.items():
         errors = []
         for n in steps:
@@ -40,8 +41,8 @@ def test_order_on_every_schedule(name, x64):
             # levels come from the schedule's own formula at those times, so a wrong one would show.
             grid = dj.custom(schedule, schedule.time(dj.logsnr(schedule, n, s_min=0.1, s_max=10.0).logsnr))
             start = x * np.hypot(grid.alpha[0], grid.sigma[0])
-            exact = GAUSSIAN.flow(start, grid.at(0), grid.at(-1))
-            errors.append(float(jnp.sqrt(jnp.mean((run(start, padded(grid, steps[-1])) - exact) ** 2))))
+            exact = flow(start, grid.at(0), grid.at(-1))
+            errors.append(np.sqrt(np.mean(np.subtract(run(start, padded(grid, steps[-1])), exact) ** 2)))
         slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
         assert abs(slope - solver.order) < 0.2, f"{label}: order {slope:.3f}, errors {errors}"
 
@@ -52,20 +53,25 @@ def test_whole_range_converges_to_the_data(name, schedule, x64):
     # From the schedule's own start (alpha = 0 for flow and cosine) to sigma = 0.
     made = SCHEDULES[schedule]
     grid = dj.karras(made, 200) if schedule == "edm" else dj.uniform(made, 400)
-    x = dj.prior(jax.random.key(1), (2000, 3), grid, mean=GAUSSIAN.mean, std=np.sqrt(np.diag(GAUSSIAN.cov)))
-    out = jax.jit(lambda x: dj.sample(DETERMINISTIC[name](), GAUSSIAN.denoise, x, grid))(x)
+    std = np.sqrt(np.diag(GAUSSIAN.cov))
+
+    @jax.jit
+    def run(key):
+        x = dj.prior(key, (2000, 3), grid, mean=GAUSSIAN.mean, std=std)
+        return dj.sample(DETERMINISTIC[name](), GAUSSIAN.denoise, x, grid)
+
+    out = np.asarray(run(jax.random.key(1)))
     # The exact prior through an exact flow gives the exact data; 400 first-order steps leave 2 % of the std, and 2,000
     # samples a standard error of 1.6 % of it: five of those.
-    std = np.sqrt(np.diag(GAUSSIAN.cov))
     np.testing.assert_allclose(out.std(axis=0) / std, 1, atol=0.10)
     np.testing.assert_allclose((out.mean(axis=0) - GAUSSIAN.mean) / std, 0, atol=0.12)
 
 
 def test_euler_is_the_same_in_every_gauge(x64):
     level, following = dj.VP()(np.array(0.7)), dj.VP()(np.array(0.5))
-    x = jax.random.normal(jax.random.key(0), (4, 3))
-    p = GAUSSIAN.denoise(x, level)
-    ours = dj.euler().step(GAUSSIAN.denoise, x, (), Step(0, level, following, (), None))[0]
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    step = lambda x: dj.euler().step(GAUSSIAN.denoise, x, (), Step(0, level, following, (), None))[0]
+    p, ours = jax.tree.map(np.asarray, jax.jit(lambda x: (GAUSSIAN.denoise(x, level), step(x)))(x))
     for gauge in (
         lambda v: v.alpha,
         lambda v: v.sigma,
@@ -95,9 +101,8 @@ def test_ddim_one_has_the_moments_of_the_ddpm_posterior(x64):
     def denoise(x, level):
         return Prediction(jnp.full_like(x, x0), (x - level.alpha * x0) / level.sigma)
 
-    state = jnp.full((1, 1), x)
-    at_zero = dj.sample(dj.ddim(1.0), denoise, state, grid, noise=lambda i, j: jnp.zeros((1, 1)))
-    at_one = dj.sample(dj.ddim(1.0), denoise, state, grid, noise=lambda i, j: jnp.ones((1, 1)))
+    run = jax.jit(lambda x, noise: dj.sample(dj.ddim(1.0), denoise, x, grid, noise=lambda i, j: noise))
+    at_zero, at_one = (np.asarray(run(np.full((1, 1), x), noise)) for noise in (np.zeros((1, 1)), np.ones((1, 1))))
     np.testing.assert_allclose(at_zero[0, 0], mean, rtol=1e-8)
     np.testing.assert_allclose((at_one - at_zero)[0, 0] ** 2, variance, rtol=1e-8)
 
@@ -121,8 +126,13 @@ def test_stochastic_ddim_has_the_moments_of_its_chain(eta, schedule):
     n = 10_000
     variances = np.diag(GAUSSIAN.cov)
     std = np.sqrt(variances)
-    x = dj.prior(jax.random.key(1), (n, 3), grid, mean=GAUSSIAN.mean, std=std)
-    out = jax.jit(lambda x, key: dj.sample(dj.ddim(eta), GAUSSIAN.denoise, x, grid, key))(x, jax.random.key(2))
+
+    @jax.jit
+    def run(start, key):
+        x = dj.prior(start, (n, 3), grid, mean=GAUSSIAN.mean, std=std)
+        return dj.sample(dj.ddim(eta), GAUSSIAN.denoise, x, grid, key)
+
+    out = np.asarray(run(jax.random.key(1), jax.random.key(2)))
     expected = ddim_std(grid, variances, eta)
     # Standard errors: 1 / sqrt(2 n) = .7 % of a std and 1 / sqrt(n) = 1 % of it for a mean; five of each.
     np.testing.assert_allclose(out.std(axis=0) / expected, 1, atol=5 * 0.007)
@@ -138,10 +148,10 @@ def test_churn_keeps_the_marginals(schedule):
     grid = dj.karras(made, 60)
     n = 4000
     std = np.sqrt(np.diag(GAUSSIAN.cov))
-    x = dj.prior(jax.random.key(1), (n, 3), grid, mean=GAUSSIAN.mean, std=std)
+    x = jax.jit(lambda key: dj.prior(key, (n, 3), grid, mean=GAUSSIAN.mean, std=std))(jax.random.key(1))
     solver = dj.churn(dj.heun("alpha"), made, s_churn=20.0, s_tmin=0.01, s_tmax=50.0, s_noise=1.0)
     run = jax.jit(lambda x, levels, key: dj.sample(solver, GAUSSIAN.denoise, x, levels, key))
-    out = run(x, grid, jax.random.key(2))
+    out = np.asarray(run(x, grid, jax.random.key(2)))
     np.testing.assert_allclose(out.std(axis=0) / std, 1, atol=0.01 + 5 * 0.011)
     np.testing.assert_allclose((out.mean(axis=0) - GAUSSIAN.mean) / std, 0, atol=5 / np.sqrt(n) + 0.01)
     # Traced and concrete grids build their tables by two routes; they must agree to float32.
@@ -151,10 +161,10 @@ def test_churn_keeps_the_marginals(schedule):
 
 def test_churn_zero_is_the_inner_solver(x64):
     grid = dj.karras(dj.EDM(), 12)
-    x = dj.prior(jax.random.key(1), (5, 3), grid)
-    plain = dj.sample(dj.heun("alpha"), GAUSSIAN.denoise, x, grid)
-    churned = dj.sample(dj.churn(dj.heun("alpha"), dj.EDM(), s_churn=0.0), GAUSSIAN.denoise, x, grid, jax.random.key(0))
-    np.testing.assert_allclose(churned, plain, rtol=1e-12)
+    x = np.random.default_rng(1).normal(size=(5, 3)) * grid.sigma[0]
+    solvers = dj.churn(dj.heun("alpha"), dj.EDM(), s_churn=0.0), dj.heun("alpha")
+    run = jax.jit(lambda x, key: [dj.sample(solver, GAUSSIAN.denoise, x, grid, key) for solver in solvers])
+    np.testing.assert_allclose(*run(x, jax.random.key(0)), rtol=1e-12)
 
 
 def test_churn_raises_the_level_as_in_algorithm_2(x64):

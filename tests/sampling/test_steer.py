@@ -39,7 +39,8 @@ def tilted(mean, variance, reward, scale):
 
 
 def start(n):
-    return dj.prior(jax.random.key(0), (n, 2), LEVELS, mean=GAUSSIAN.mean, std=np.sqrt(np.diag(GAUSSIAN.cov)))
+    std = np.sqrt(np.diag(GAUSSIAN.cov))
+    return jax.jit(lambda key: dj.prior(key, (n, 2), LEVELS, mean=GAUSSIAN.mean, std=std))(jax.random.key(0))
 
 
 def groups_of(solver, denoise=GAUSSIAN.denoise):
