@@ -20,7 +20,7 @@ def pair(head):
 
 
 def target(head, prediction):
-    return np.asarray(head.target(prediction.x0, prediction.eps, LEVEL))
+    return head.target(np.asarray(prediction.x0), np.asarray(prediction.eps), LEVEL)
 
 
 @pytest.mark.parametrize("head", [dj.V, dj.X0, dj.EPS], ids=["v", "x0", "eps"])
@@ -43,34 +43,33 @@ def test_rescale_calls_the_pair_once():
         rows.append(len(x))
         return pair(dj.V)(x, level)
 
-    dj.rescale(counted, lambda pair: dj.apg(pair, 4.0))(jnp.asarray(X), LEVEL)
+    jax.jit(dj.rescale(counted, lambda pair: dj.apg(pair, 4.0)))(np.float32(X), LEVEL)
     assert rows == [2 * SHAPE[0]]
 
 
 def test_apg_with_everything_let_through_is_cfg(x64):
-    got = dj.apg(pair(dj.X0), 4.0, eta=1.0)(jnp.asarray(X), LEVEL)
-    want = dj.cfg(pair(dj.X0), 4.0)(jnp.asarray(X), LEVEL)
+    got = jax.jit(dj.apg(pair(dj.X0), 4.0, eta=1.0))(X, LEVEL)
+    want = jax.jit(dj.cfg(pair(dj.X0), 4.0))(X, LEVEL)
     np.testing.assert_allclose(got.x0, want.x0, atol=1e-12)
     np.testing.assert_allclose(got.eps, want.eps, atol=1e-12)
 
 
 def test_apg_projects_and_shortens(x64):
-    across = dj.apg(pair(dj.X0), 2.0, eta=0.0)(jnp.asarray(X), LEVEL).x0 - COND
+    apg = lambda **settings: np.asarray(jax.jit(dj.apg(pair(dj.X0), 2.0, **settings))(X, LEVEL).x0)
+    across = apg(eta=0.0) - COND
     np.testing.assert_allclose(inner(across, COND), 0, atol=1e-10)
-    along = dj.apg(pair(dj.X0), 2.0, eta=1.0)(jnp.asarray(X), LEVEL).x0 - COND - across
+    along = apg(eta=1.0) - COND - across
     np.testing.assert_allclose(inner(along, COND) ** 2, inner(along, along) * inner(COND, COND), rtol=1e-10)
-    lengths = lambda r: np.sqrt(
-        inner(*[dj.apg(pair(dj.X0), 2.0, eta=1.0, norm=r)(jnp.asarray(X), LEVEL).x0 - COND] * 2)
-    )
+    lengths = lambda r: np.sqrt(inner(*[apg(eta=1.0, norm=r) - COND] * 2))
     np.testing.assert_allclose(lengths(0.7), 0.7, rtol=1e-10)
     np.testing.assert_allclose(lengths(1e6), np.sqrt(inner(COND - UNCOND, COND - UNCOND)), rtol=1e-10)
 
 
 def test_cfg_zero_takes_the_nearest_multiple_of_the_unconditional_velocity(x64):
-    away = target(dj.FLOW, dj.cfg_zero(pair(dj.FLOW), 2.0)(jnp.asarray(X), LEVEL)) - np.asarray(COND)
+    away = target(dj.FLOW, jax.jit(dj.cfg_zero(pair(dj.FLOW), 2.0))(X, LEVEL)) - np.asarray(COND)
     np.testing.assert_allclose(inner(away, UNCOND), 0, atol=1e-10)  # c - s u is at a right angle to u
     parallel = dj.denoiser(lambda x, t: jnp.concatenate([COND, -2.5 * COND]), dj.FLOW)
-    np.testing.assert_allclose(target(dj.FLOW, dj.cfg_zero(parallel, 7.0)(jnp.asarray(X), LEVEL)), COND, atol=1e-10)
+    np.testing.assert_allclose(target(dj.FLOW, jax.jit(dj.cfg_zero(parallel, 7.0))(X, LEVEL)), COND, atol=1e-10)
 
 
 def test_cfg_pp_step_is_a_cfg_step_at_a_larger_scale(x64):
@@ -78,15 +77,18 @@ def test_cfg_pp_step_is_a_cfg_step_at_a_larger_scale(x64):
     mixture = dj.Mixture([1.0, 2.0], [[1.0, 0.0], [-1.0, 0.5]], [0.1 * np.eye(2)] * 2)
     label = dj.Gaussian(mixture.means[0], mixture.covs[0])
     two = dj.join(label.denoise, mixture.denoise)
-    x = jnp.asarray(RNG.normal(size=(4, 2)))
+    x = RNG.normal(size=(4, 2))
+
+    @jax.jit
+    def both(x, step, scale):
+        return [dj.sample(dj.euler(), guided, x, step) for guided in (dj.cfg_pp(two, 0.6), dj.cfg(two, scale))]
+
     for i in range(6):
         step = grid.at(slice(i, i + 2))
-        scale = 0.6 / (1 - step.s[1] / step.s[0])
-        ours = dj.sample(dj.euler(), dj.cfg_pp(two, 0.6), x, step)
-        np.testing.assert_allclose(ours, dj.sample(dj.euler(), dj.cfg(two, scale), x, step), atol=1e-10)
-        x = ours
-    prediction = dj.cfg_pp(two, 0.3)(x, LEVEL)
-    np.testing.assert_array_equal(prediction.eps, mixture.denoise(x, LEVEL).eps)  # on purpose not that of x0
+        x, theirs = both(x, step, 0.6 / (1 - step.s[1] / step.s[0]))
+        np.testing.assert_allclose(x, theirs, atol=1e-10)
+    prediction, unconditional = (jax.jit(f)(x, LEVEL) for f in (dj.cfg_pp(two, 0.3), mixture.denoise))
+    np.testing.assert_array_equal(prediction.eps, unconditional.eps)  # on purpose not that of x0
 
 
 def test_threshold_leaves_what_is_inside_and_fills_the_range_from_outside():
@@ -114,6 +116,6 @@ def test_rising_scale_keeps_its_mean(shape):
     np.testing.assert_allclose(np.mean(values), 5.0, rtol=1e-9)
     assert np.all(np.diff(values) < 0)  # larger towards the data, at small t
     np.testing.assert_allclose(scale(dj.Flow()(np.array(1.0))), 1.0, atol=1e-12)
-    guided = jax.jit(dj.cfg(pair(dj.V), dj.rising(5.0, shape)))(jnp.asarray(X), LEVEL)
-    want = dj.cfg(pair(dj.V), float(scale(LEVEL)))(jnp.asarray(X), LEVEL)
+    guided = jax.jit(dj.cfg(pair(dj.V), dj.rising(5.0, shape)))(np.float32(X), LEVEL)
+    want = jax.jit(dj.cfg(pair(dj.V), float(scale(LEVEL))))(np.float32(X), LEVEL)
     np.testing.assert_allclose(guided.x0, want.x0, rtol=1e-4, atol=1e-5)

@@ -53,24 +53,25 @@ METHODS = methods()
 @pytest.mark.parametrize("name", METHODS)
 def test_keeps_x_and_dtype_under_jit_for_levels_of_any_shape(name):
     run = jax.jit(METHODS[name])
-    x = jnp.asarray(X, jnp.float32)
+    x = np.float32(X)
     for level in (LEVEL,) if name == "interval" else (LEVEL, LEVELS):
-        out = run(x, level)
+        out = jax.tree.map(np.asarray, run(x, level))
         assert out.x0.dtype == out.eps.dtype == jnp.float32
         alpha, sigma = (dj.core.types.expand(a, x) for a in (level.alpha, level.sigma))
         adds_up = np.abs(alpha * out.x0 + sigma * out.eps - x).max() < 1e-5
         assert adds_up == (name != "cfg_pp")
     if name != "interval":  # samples 1 and 2 are at the level of the first call; none depends on its neighbours
-        np.testing.assert_allclose(out.x0[1:3], run(x, LEVEL).x0[1:3], rtol=2e-5, atol=2e-6)
+        alone = np.asarray(run(x, LEVEL).x0)
+        np.testing.assert_allclose(out.x0[1:3], alone[1:3], rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.often("cfg", "rescale", "compose", "apg", "cfg_zero", "perturbed", "energy", "*_threshold", "interval")
 @pytest.mark.parametrize("name", METHODS)
 def test_vmap_and_finite_gradients_from_end_to_end(name):
-    x = jnp.asarray(X[:2], jnp.float32)
+    x = np.float32(X[:2])
     grid = dj.custom(dj.Cosine(), np.linspace(0.95 if name in ("classifier", "energy") else 1.0, 0.0, 4))
     total = lambda x: jnp.sum(dj.sample(dj.heun(), METHODS[name], x, grid) ** 2)
-    stacked = jax.jit(jax.vmap(jax.grad(total)))(jnp.stack([x, 2 * x]))
+    stacked = jax.jit(jax.vmap(jax.grad(total)))(np.stack([x, 2 * x]))
     assert np.all(np.isfinite(stacked)) and np.any(np.asarray(stacked) != 0)
 
 
@@ -110,7 +111,7 @@ def test_finite_without_a_direction():
         dj.rescale(pair, guide, 0.7, head=dj.X0),
         dj.cfg_zero(dj.join(still, still), 3.0),
     ):
-        gradient = jax.grad(lambda x, f=denoise: jnp.sum(f(x, LEVEL).eps ** 2))(jnp.asarray(X))
+        gradient = jax.jit(jax.grad(lambda x, f=denoise: jnp.sum(f(x, LEVEL).eps ** 2)))(np.float32(X))
         assert np.all(np.isfinite(gradient))
 
 
