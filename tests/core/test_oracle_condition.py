@@ -1,5 +1,6 @@
 """Posteriors under linear measurements against Bayes' rule on a grid and against regression."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,11 +25,11 @@ def test_mixture_is_bayes_rule_on_a_grid(x64):
     A, y, noise_std = np.array([[1.0, 0.7], [0.2, -0.4], [1.2, 0.3]]), np.array([0.8, -0.3, 0.4]), 0.5
 
     def joint(points):
-        return PRIOR.logpdf(points, CLEAN) - np.sum((y - points @ A.T) ** 2, -1) / (2 * noise_std**2)
+        return jax.jit(PRIOR.logpdf)(points, CLEAN) - np.sum((y - points @ A.T) ** 2, -1) / (2 * noise_std**2)
 
     cov, mean = grid_moments(joint)
     posterior = PRIOR.condition(A, y, noise_std)
-    got_cov, got_mean = grid_moments(lambda points: posterior.logpdf(points, CLEAN))
+    got_cov, got_mean = grid_moments(lambda points: jax.jit(posterior.logpdf)(points, CLEAN))
     np.testing.assert_allclose(got_mean, mean, atol=1e-8)
     np.testing.assert_allclose(got_cov, cov, atol=1e-8)
     np.testing.assert_allclose(posterior.weights @ posterior.means, mean, atol=1e-8)
