@@ -26,22 +26,20 @@ PAIR = dj.join(lambda x, level: shifted(x, level, APART), GAUSSIAN.denoise)
 @pytest.mark.parametrize("solver", [dj.euler(), dj.heun(), dj.dpmpp_2m()], ids=["euler", "heun", "dpmpp_2m"])
 def test_no_momentum_is_the_plain_solver(solver, x64):
     guide = lambda pair: dj.cfg(pair, 3.0)
-    runs = (dj.momentum(solver, guide, beta=0.0), PAIR), (solver, guide(PAIR))
-    got, want = jax.jit(lambda x: [dj.sample(*run, x, GRID) for run in runs])(X)
-    np.testing.assert_allclose(got, want, atol=1e-12)
+    got = dj.sample(dj.momentum(solver, guide, beta=0.0), PAIR, jnp.asarray(X), GRID)
+    np.testing.assert_allclose(got, dj.sample(solver, guide(PAIR), jnp.asarray(X), GRID), atol=1e-12)
 
 
 @pytest.mark.parametrize("solver", [dj.euler(), dj.heun()], ids=["euler", "heun"])
 def test_the_sum_moves_once_a_step(solver, x64):
     # A constant difference d sums to d (1 - beta^(i + 1)) / (1 - beta) in step i, in all calls of that step.
     beta, w = -0.5, 3.0
-    moving = dj.momentum(solver, lambda pair: dj.cfg(pair, w), beta)
-    got = jax.jit(lambda x: dj.sample(moving, PAIR, x, GRID))(X)
+    got = dj.sample(dj.momentum(solver, lambda pair: dj.cfg(pair, w), beta), PAIR, jnp.asarray(X), GRID)
     run = jax.jit(lambda x, grid, by: dj.sample(solver, lambda x, level: shifted(x, level, by), x, grid))
-    x = X
+    x = jnp.asarray(X)
     for i in range(5):
         by = APART * (1 + (w - 1) * (1 - beta ** (i + 1)) / (1 - beta))
-        x = run(x, GRID.at(slice(i, i + 2)), by)
+        x = run(x, dj.Level(*map(jnp.asarray, GRID.at(slice(i, i + 2)))), by)
     np.testing.assert_allclose(got, x, atol=1e-12)
 
 
@@ -55,8 +53,7 @@ def counting(f, calls):
 
 def rows(solver, denoise, calls, grid=GRID, **options):
     calls.clear()
-    run = lambda x: dj.sample(solver, denoise, x, grid, **options)
-    jax.block_until_ready((run if options.get("loop") == "host" else jax.jit(run))(np.float32(X)))
+    dj.sample(solver, denoise, jnp.asarray(X, jnp.float32), grid, **options)
     jax.effects_barrier()
     return sum(calls)
 
@@ -74,14 +71,14 @@ def test_momentum_and_zero_init_cost_what_they_say():
 
 
 def test_a_flow_stands_still_while_it_is_zero():
-    held = dj.zero_init(dj.heun(), 2)
-    run = jax.jit(lambda x: dj.sample(held, GAUSSIAN.denoise, x, GRID, trace=lambda info: info.x_next))
-    xs = np.asarray(run(np.float32(X))[1])
+    _, xs = dj.sample(
+        dj.zero_init(dj.heun(), 2), GAUSSIAN.denoise, jnp.asarray(X, jnp.float32), GRID, trace=lambda info: info.x_next
+    )
     np.testing.assert_allclose(xs[0], X, rtol=1e-5)
     np.testing.assert_allclose(xs[1], X, rtol=1e-5)
     assert abs(xs[2] - X).max() > 1e-2
-    rest = jax.jit(lambda x: dj.sample(dj.heun(), GAUSSIAN.denoise, x, GRID.at(slice(2, None))))
-    np.testing.assert_allclose(xs[-1], rest(np.float32(X)), rtol=1e-4, atol=1e-6)
+    rest = dj.sample(dj.heun(), GAUSSIAN.denoise, jnp.asarray(X, jnp.float32), GRID.at(slice(2, None)))
+    np.testing.assert_allclose(xs[-1], rest, rtol=1e-4, atol=1e-6)
 
 
 def test_an_interval_is_paid_for_only_inside():
@@ -107,7 +104,7 @@ def test_pieces_need_no_branch_and_reach_the_same_point():
         return x
 
     whole = lambda x: dj.sample(dj.euler(), dj.interval(guided, GAUSSIAN.denoise, lo, hi), x, GRID)
-    np.testing.assert_allclose(jax.jit(in_pieces)(X), jax.jit(whole)(X), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(in_pieces)(jnp.asarray(X)), jax.jit(whole)(jnp.asarray(X)), atol=1e-5)
     assert "cond[" in str(jax.make_jaxpr(whole)(X)) and "cond[" not in str(jax.make_jaxpr(in_pieces)(X))
     # A concrete level takes its branch in Python, under jit as well.
     assert "cond[" not in str(jax.make_jaxpr(lambda x: dj.interval(guided, GAUSSIAN.denoise, lo, hi)(x, GRID.at(1)))(X))
