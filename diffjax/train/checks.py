@@ -47,7 +47,7 @@ def check_times(config: ConfigDict, schedule: Any, time: Any) -> None:
     Raises:
       ConfigError: if they do not, or a level there is not finite or negative.
     """
-    drawn = np.asarray(time(jax.random.key(0), DRAWS), np.float64)
+    drawn = np.asarray(jax.jit(lambda key: time(key, DRAWS))(jax.random.key(0)), np.float64)
     lo, hi = float(schedule.t_min), float(schedule.t_max)
     # Times are float32: the noisiest may be above t_max by a rounding.
     slack = 1e-6 * max(abs(lo), abs(hi))
@@ -60,7 +60,7 @@ def check_times(config: ConfigDict, schedule: Any, time: Any) -> None:
     elif isinstance(schedule, Table) and drawn.max() < 0.9 * hi:
         wrong = f"the times end at {drawn.max():.4g} and the schedule at {hi:g}"
     else:
-        level = schedule(jnp.asarray(drawn, jnp.float32))
+        level = jax.jit(lambda t: schedule(t))(np.float32(drawn))
         ok = all(np.all(np.isfinite(a)) for a in level[1:]) and min(np.min(level.alpha), np.min(level.sigma)) >= 0
         wrong = "" if ok else "alpha or sigma is negative or not finite at some of the times"
     if wrong:

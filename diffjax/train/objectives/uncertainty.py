@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import ndtri
 
 from diffjax.core.types import Array, Level
 
@@ -35,7 +35,7 @@ def uncertainty(features: int) -> Uncertainty:
     that start at zero, so that training starts with the loss as it is.
     """
     rank = np.arange(features)
-    frequency = 2 * np.pi * np.asarray(ndtri((rank + 0.5) / features))
+    frequency = np.float32([2 * np.pi * NormalDist().inv_cdf(p) for p in (rank + 0.5) / features])
     phase = 2 * np.pi * ((rank * (5**0.5 - 1) / 2) % 1)
 
     def init(key):

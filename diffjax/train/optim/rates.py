@@ -28,6 +28,7 @@ def build_lr(config: Mapping[str, Any], num_steps: int) -> Callable[[jax.Array |
         raise ValueError(f"optim warmup {warmup!r}: expected 0 <= warmup <= num_steps = {num_steps}")
     factor = build(config["schedule"], LR_SCHEDULES, "lr schedule", num_steps=max(1, num_steps - warmup))
 
+    @jax.jit
     def lr(step):
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
