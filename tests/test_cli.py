@@ -150,11 +150,12 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, made",
     [
         (["sample", "--classes=0", "--seeds=0,1", "--steps=2"], "samples"),
-        pytest.param(["eval", "--quick", "--num_samples=64", "--seeds=1", "--steps=2"], "eval", marks=pytest.mark.slow),
+        (["eval", "--quick", "--num_samples=64", "--seeds=1", "--steps=2"], "eval"),
     ],
 )
 def test_of_two_processes_the_first_works_and_the_other_leaves(trained, tmp_path, command, made):

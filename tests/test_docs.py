@@ -7,10 +7,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = [page for page in PAGES if "```python" in page.read_text()]
+# These two take 9 s each to compile, and other tests train with what they show.
+LONG = ("fit.md", "optim.md")
+EXAMPLES = [
+    pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else ())
+    for page in PAGES
+    if "```python" in page.read_text()
+]
 
 
-@pytest.mark.parametrize("page", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", EXAMPLES)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -38,7 +38,7 @@ def operands(jaxpr, primitives):
     return found.union(*(operands(sub, primitives) for e in jaxpr.eqns for sub in jaxprs_in_params(e.params)))
 
 
-@pytest.mark.often("dit")
+@pytest.mark.often("mlp")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_and_its_gradient_are_close(name):
     models = {dtype: prepared(name, dtype)[1].model for dtype in ("float32", "bfloat16")}

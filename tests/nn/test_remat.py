@@ -31,6 +31,7 @@ def step(model):
     return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.mark.slow
 def test_recomputing_lowers_the_peak_of_the_compiled_step():
     # In a scan. Of unrolled blocks XLA's CPU back end merges the two computations, so for these see the next test.
     memory = {p: step(BUILD["dit"](remat=p)).memory_analysis().temp_size_in_bytes for p in ("none", "full")}

@@ -28,6 +28,7 @@ INNER = {
 }
 
 
+@pytest.mark.often("dpm_solver(3)", "dpmpp_2s")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_order_of_blocks(name, order_fit, x64):
     # Multiples of 2 and of 3: whole blocks.
@@ -37,6 +38,7 @@ def test_order_of_blocks(name, order_fit, x64):
         assert abs(slope - BLOCKS[name].order) < 0.2, f"{label}: order {slope:.3f}, errors {errors}"
 
 
+@pytest.mark.often("dpm2", "rk4")
 @pytest.mark.parametrize("name", INNER)
 def test_order_with_calls_between_grid_points(name, order_fit, x64):
     steps = (16, 32, 64) if name == "rk4" else (32, 64, 128)
@@ -67,7 +69,7 @@ def everything():
     return BLOCKS | {name: make(flow) for name, make in INNER.items()} | {"rk4(alpha)": dj.rk4(flow, "alpha")}
 
 
-@pytest.mark.often("dpm_solver(3)", "dpmpp_2s", "dpm2", "rk4")
+@pytest.mark.often("dpm_solver(3)", "dpmpp_2s", "rk4")
 @pytest.mark.filterwarnings("ignore:.*unstable")
 @pytest.mark.parametrize("name", everything())
 def test_from_pure_noise_to_data_in_float32(name):

@@ -47,6 +47,7 @@ def test_order_on_every_schedule(name, x64):
         assert abs(slope - solver.order) < 0.2, f"{label}: order {slope:.3f}, errors {errors}"
 
 
+@pytest.mark.often("flow-*", "*-dpmpp_2m", "edm-heun(sigma)", "vp-euler")
 @pytest.mark.parametrize("name", DETERMINISTIC)
 @pytest.mark.parametrize("schedule", ["flow", "cosine", "edm", "vp"])
 def test_whole_range_converges_to_the_data(name, schedule, x64):
@@ -119,6 +120,7 @@ def ddim_std(grid, variances, eta):
     return np.sqrt(var)
 
 
+@pytest.mark.often("flow-0.3", "vp-1.0", "edm-1.0")
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow"])
 def test_stochastic_ddim_has_the_moments_of_its_chain(eta, schedule):
@@ -142,6 +144,7 @@ def test_stochastic_ddim_has_the_moments_of_its_chain(eta, schedule):
     np.testing.assert_allclose(finer, std, rtol=0.01)
 
 
+@pytest.mark.often("vp")
 @pytest.mark.parametrize("schedule", ["edm", "vp"])
 def test_churn_keeps_the_marginals(schedule):
     made = SCHEDULES[schedule]

@@ -57,7 +57,7 @@ def check(groups, mean, variance):
         np.testing.assert_array_less(np.abs(got.mean(0) - expected), 5 * error + 2 / PARTICLES)
 
 
-@pytest.mark.often("difference", "max", "importance", "function")
+@pytest.mark.often("difference", "function")
 @pytest.mark.parametrize(
     "reward, scale, settings",
     [

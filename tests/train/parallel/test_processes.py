@@ -55,7 +55,7 @@ except ConfigError as error:
     sys.exit(2)
 """
 # Seconds to wait: short where somebody will not come, long where a loaded machine may keep one back.
-WAIT = {"nobody": 4, "missing": 4, "busy": 4, "twice": 15}
+WAIT = {"nobody": 4, "missing": 4, "busy": 4, "twice": 10}
 CASES = {
     "alike": [(2, 0, "0.1"), (2, 1, "0.1")],
     "fails": [(2, 0, "fails"), (2, 1, "fails")],
