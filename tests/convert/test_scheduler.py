@@ -81,7 +81,7 @@ def cases():
         yield pytest.param(case, run, id=name(case), marks=() if often else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("case", "run"), cases())
+@pytest.mark.parametrize(("case", "run"), list(cases()))
 def test_every_state_is_that_of_diffusers(case, run):
     with jax.disable_jit():  # a compilation for each case would take ten times as long
         states = replay(case, run, loop="unroll")
