@@ -150,6 +150,17 @@ def trained(tmp_path_factory):
     return workdir
 
 
+def test_all_processes_but_the_first_leave_what_one_does_alone(capsys, monkeypatch, trained, tmp_path):
+    for name, value in {"COORDINATOR": "127.0.0.1:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}.items():
+        monkeypatch.setenv(f"DIFFJAX_{name}", value)
+    for command in ("sample", "eval"):
+        out = f"--out={tmp_path / command}"
+        assert run(capsys, command, f"--workdir={trained}", out) == (
+            0, "process 1 of 2 has nothing to do: process 0 does it alone\n", ""
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command, made",

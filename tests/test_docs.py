@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# These two take 9 s each to compile, and other tests train with what they show.
+# These two take 9 s each to compile, and other tests run what they show.
 LONG = ("fit.md", "optim.md")
 EXAMPLES = [
     pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else ())

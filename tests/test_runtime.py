@@ -63,7 +63,11 @@ def test_kept_memory_is_not_mapped_again():
     assert faults("leave", 4)[1] > 0.9
 
 
-@pytest.mark.slow
-def test_the_users_own_allocator_settings_stay():
-    assert faults("keep", 1, MALLOC_ARENA_MAX="4")[0] == "False"
-    assert faults("keep", 1, JAX_PLATFORMS="", GLIBC_TUNABLES="glibc.malloc.arena_max=4")[0] == "False"
+@pytest.mark.often("malloc")
+@pytest.mark.parametrize(
+    "environ",
+    [dict(MALLOC_ARENA_MAX="4"), dict(JAX_PLATFORMS="", GLIBC_TUNABLES="glibc.malloc.arena_max=4")],
+    ids=["malloc", "tunables"],
+)
+def test_the_users_own_allocator_settings_stay(environ):
+    assert faults("keep", 1, **environ)[0] == "False"

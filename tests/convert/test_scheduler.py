@@ -73,12 +73,13 @@ def name(case):
 
 
 def cases():
-    """The recorded runs, of each class the first and every second one in every run of the tests."""
+    """The recorded runs; those with a class, an option or a value that none before them has are in every run."""
     known = set()
-    for i, (case, run) in enumerate(GOLDEN):
-        often = i % 2 == 0 or case["config"]["_class_name"] not in known
-        known.add(case["config"]["_class_name"])
-        yield pytest.param(case, run, id=name(case), marks=() if often else pytest.mark.slow)
+    for case, run in GOLDEN:
+        kind = case["config"]["_class_name"]
+        told = {(kind, key, str(value)) for key, value in (case["config"] | case["options"]).items()}
+        yield pytest.param(case, run, id=name(case), marks=pytest.mark.slow if told <= known else ())
+        known |= told
 
 
 @pytest.mark.parametrize(("case", "run"), list(cases()))

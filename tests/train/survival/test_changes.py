@@ -12,9 +12,10 @@ from diffjax.pipelines.bulk import sample_many
 from diffjax.pipelines.generate import generate
 from diffjax.train import loop
 from diffjax.train.checkpoint import CheckpointError, open_checkpoints, read_params
+from diffjax.train.config import fill
 from diffjax.train.errors import ConfigError
 from diffjax.train.state import load_run
-from diffjax.train.survival.workdir import read_config
+from diffjax.train.survival.workdir import CONFIG_FILE, read_config, refuse_changes
 
 SETTINGS = dict(
     data="digits()",
@@ -45,6 +46,14 @@ def test_changes_are_refused_then_allowed_and_recorded(tmp_path):
     assert row["step"] == 2
     assert {"label_dropout: 0.1 -> 0.5", "num_steps: 4 -> 8", "stop_at: 2 -> 0"} <= set(row["changes"])
     assert read_config(str(tmp_path)).label_dropout == 0.5
+
+
+def test_where_a_run_computes_is_not_what_a_change_is_refused_for(tmp_path):
+    given = lambda **changes: fill(ConfigDict(SETTINGS | changes))
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(given().to_dict()))
+    assert refuse_changes(str(tmp_path), given(mesh="fsdp=1", sharding="fsdp")) == given()
+    with pytest.raises(ConfigError, match="ema"):
+        refuse_changes(str(tmp_path), given(mesh="fsdp=1", ema=()))
 
 
 @pytest.mark.slow
