@@ -214,7 +214,8 @@ class BatchIterator:
             if position in self.bad:
                 continue
             self.bad[position] = f"{name}: {reason}"
-            log.warning("cannot read %s: %s; another item takes its place", name, reason)
+            told = "cannot read %s: %s; another item takes its place (%d of at most %d)"
+            log.warning(told, name, reason, len(self.bad), self._max_bad)
         if len(self.bad) > self._max_bad:
             raise UnreadableError(_too_many(list(self.bad.values()), self._max_bad))
 

@@ -321,7 +321,7 @@ def sweep_guidance(run, judge, draw, settings, main, known, folder) -> list[dict
 
 
 def pictures(folder: Path, run, settings: Settings, samples: Samples, judge: Judge, workdir) -> None:
-    """`grid.png`, `neighbours.png`, `strip.png`, and `loss.png` where the run logged a loss."""
+    """`grid.png`, `neighbours.png`, `strip.png`, and `loss.png` where the run logged two losses or more."""
     shared = dict(num_classes=run.dataset.num_classes, max_value=largest_pixel(run.dataset))
     reports.draw_grid(folder, samples, note=describe(settings, samples.cost), **shared)
     reports.draw_neighbours(folder, samples, judge.train, judge.heldout, **shared)
@@ -332,7 +332,7 @@ def pictures(folder: Path, run, settings: Settings, samples: Samples, judge: Jud
     viz.save(viz.denoising_strip(*samples.path, begin.alpha, begin.sigma, show=show), folder / "strip.png")
     log = Path(workdir) / "metrics.jsonl"
     metrics = viz.read_metrics(log) if log.exists() else {}
-    if "loss" in metrics:
+    if len(metrics.get("loss", ((),))[0]) > 1:
         viz.save(viz.loss_curves(metrics), folder / "loss.png")
 
 

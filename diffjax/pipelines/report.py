@@ -16,7 +16,7 @@ CLASSES = 20
 SHOWN = {
     "fd_relu": ("FD-relu", "Frechet distance to the held-out images in the features of a ReLU classifier"),
     "fd_tanh": ("FD-tanh", "the same with a tanh classifier"),
-    "fd_pixels": ("FD-pixels", "the same on raw pixels in [0, 1]"),
+    "fd_pixels": ("FD-pixels", "Frechet distance to the held-out images in raw pixels in [0, 1]"),
     "mmd2": ("MMD2 e3", "squared maximum mean discrepancy of pixels (RBF kernel, unbiased), times 1000"),
     "c2st": ("C2ST", "how well nearest neighbours tell samples from held-out images: 0.5 = not at all, 1 = always"),
     "closer": ("closer", "share of the samples nearer to training than to held-out images: {new} = new, 1 = copies"),

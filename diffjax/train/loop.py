@@ -246,6 +246,7 @@ def conclude(session: Session, clock: Clock, step: int, state: TrainState) -> No
         "devices": f"{session.mesh.size} {session.mesh.devices.flat[0].device_kind}",
         "checkpoints": session.checkpoints.steps(),
         "compile_seconds": round(session.compiling, 1),
+        "bad_items": len(session.iterator.bad),
     }
     try:
         text = summarize(session.workdir, facts, clock.seconds())

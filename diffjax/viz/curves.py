@@ -50,9 +50,10 @@ def loss_curves(metrics: Mapping, *, title: str = "Training loss") -> Figure:
     # Bands are ordered, so their colours run through a scale.
     shades = colormaps["viridis"](np.linspace(0.05, 0.9, max(len(bands), 1)))
     for name, colour in zip(bands, shades, strict=False):
-        axes.plot(*metrics[name], color=colour, lw=1.1, label=_band(name)[1])
+        axes.plot(*metrics[name], color=colour, lw=1.1, label=_band(name)[1], marker=_marker(metrics[name]), ms=4)
     if "loss" in metrics:
-        axes.plot(*metrics["loss"], color=INK, lw=2.0, label="all levels" if bands else "loss")
+        label = "all levels" if bands else "loss"
+        axes.plot(*metrics["loss"], color=INK, lw=2.0, label=label, marker=_marker(metrics["loss"]), ms=5)
     if all(np.all(metrics[name][1] > 0) for name in names):
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
@@ -118,6 +119,11 @@ def _band(name: str) -> tuple[float, str]:
     if not lo:
         return -np.inf, f"log-SNR below {hi}"
     return float(lo), f"log-SNR {lo} to {hi}" if hi else f"log-SNR above {lo}"
+
+
+def _marker(curve) -> str | None:
+    """A dot where there is one point alone, of which no line would show."""
+    return "o" if np.count_nonzero(np.isfinite(curve[1])) == 1 else None
 
 
 def _legend(axes, count):

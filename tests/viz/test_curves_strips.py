@@ -35,6 +35,11 @@ def test_loss_figure_holds_one_line_per_band():
     drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
     assert list(drawn) == ["log-SNR below -2", "log-SNR -2 to 0", "log-SNR above 0", "all levels"]
     np.testing.assert_array_equal(drawn["log-SNR -2 to 0"], 2.0 + steps)
+    # A line of one point would not show: it is a dot.
+    once = metrics | {"loss_logsnr[0,]": (steps[:1], np.array([2.0]))}
+    once |= {"loss_logsnr[,-2]": (steps[:2], np.array([np.nan, 1.0]))}
+    marks = {line.get_label(): line.get_marker() for line in viz.loss_curves(once).axes[0].lines}
+    assert marks == {"log-SNR below -2": "o", "log-SNR -2 to 0": "None", "log-SNR above 0": "o", "all levels": "None"}
     with pytest.raises(ValueError, match="no 'loss' among the metrics: lr"):
         viz.loss_curves({"lr": metrics["lr"]})
 

@@ -19,8 +19,8 @@ def summarize(workdir: str, facts: Mapping[str, Any], seconds: Mapping[str, floa
 
     Args:
       workdir: of the run, with its `metrics.jsonl`.
-      facts: `step`, `last_step`, `batch_size`, `parameters`, `checkpoints` (saved steps), `compile_seconds` and what
-        else to record.
+      facts: `step`, `last_step`, `batch_size`, `parameters`, `checkpoints` (saved steps), `compile_seconds`,
+        `bad_items` and what else to record.
       seconds: wall clock by kind, `total` among them, of this start of the run.
     """
     from diffjax import viz
@@ -72,5 +72,7 @@ def _lines(told: Mapping[str, Any], workdir: str):
         parts += [f"MFU {100 * speed['mfu']:.1f} %"] if "mfu" in speed else []
         parts += [f"{told['memory_gib']:.3g} GiB at most"] if told.get("memory_gib") else []
         yield ", ".join(parts)
+    if bad := facts["bad_items"]:
+        yield f"items of the data that could not be read and were replaced by others: {bad}; see config.input.max_bad"
     saved = ", ".join(map(str, facts["checkpoints"])) or "none"
     yield f"checkpoints: {saved}; {os.path.join(workdir, SUMMARY_FILE)}"

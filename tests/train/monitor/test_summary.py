@@ -5,7 +5,7 @@ import json
 from diffjax.train.monitor.summary import summarize
 
 FACTS = dict(step=30, last_step=40, batch_size=16, parameters=1234567, devices="1 cpu", checkpoints=[20, 30])
-FACTS["compile_seconds"] = 61.2
+FACTS |= dict(compile_seconds=61.2, bad_items=0)
 
 
 def row(step, loss, **rest):
@@ -23,6 +23,9 @@ def test_a_summary_tells_losses_rates_and_where_the_time_went(tmp_path):
     assert "2000 images/s, 5 ms a step, 3 GiB at most" in text and "checkpoints: 20, 30" in text
     told = json.loads((tmp_path / "summary.json").read_text())
     assert told["loss"] == {"first": 2.0, "last": 0.75, "least": 0.5, "least_at": 20}
+    assert "could not be read" not in text
+    worse = summarize(str(tmp_path), FACTS | {"bad_items": 3}, {"total": 1.0})
+    assert "could not be read and were replaced by others: 3; see config.input.max_bad" in worse
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
