@@ -332,7 +332,7 @@ def pictures(folder: Path, run, settings: Settings, samples: Samples, judge: Jud
     viz.save(viz.denoising_strip(*samples.path, begin.alpha, begin.sigma, show=show), folder / "strip.png")
     log = Path(workdir) / "metrics.jsonl"
     metrics = viz.read_metrics(log) if log.exists() else {}
-    if len(metrics.get("loss", ((),))[0]) > 1:
+    if "loss" in metrics and len(metrics["loss"][0]) > 1:
         viz.save(viz.loss_curves(metrics), folder / "loss.png")
 
 

@@ -41,18 +41,13 @@ def test_positions_depend_on_row_and_column_separately():
     assert len(np.unique(table.reshape(15, 16).round(5), axis=0)) == 15
 
 
-@nnx.jit
-def run(layer, *given):
-    return layer(*given)
-
-
 @pytest.fixture
 def condition():
     settings = dict(waves=8, time_embed="sinusoidal", time_scale=1.0, dtype=jnp.float32)
     return nnx.jit(lambda: Condition(6, 3, **settings, rngs=nnx.Rngs(0)))()
 
 
-def test_null_label_is_the_last_row(condition):
+def test_null_label_is_the_last_row(condition, run):
     t = np.linspace(0.0, 1.0, 4, dtype=np.float32)
     null = np.asarray(run(condition, t, None))
     np.testing.assert_array_equal(null, run(condition, t, np.full(4, 3, np.int32)))
@@ -61,7 +56,7 @@ def test_null_label_is_the_last_row(condition):
     np.testing.assert_allclose(difference, table[[0, 1, 2, 3]] - table[3], atol=1e-6)
 
 
-def test_labels_without_classes_are_ignored():
+def test_labels_without_classes_are_ignored(run):
     settings = dict(waves=8, time_embed="fourier", time_scale=1.0, dtype=jnp.float32)
     layer = Condition(6, 0, **settings, rngs=nnx.Rngs(0))
     t = np.linspace(0.0, 1.0, 4, dtype=np.float32)

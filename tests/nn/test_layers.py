@@ -13,12 +13,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@nnx.jit
-def run(layer, *given):
-    return layer(*given)
-
-
-def test_attention_against_a_loop_in_float64():
+def test_attention_against_a_loop_in_float64(run):
     layer = SelfAttention(12, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = normal(2, 5, 12)
     w, b = (np.asarray(a[...], np.float64) for a in (layer.qkv.kernel, layer.qkv.bias))
@@ -33,7 +28,7 @@ def test_attention_against_a_loop_in_float64():
     np.testing.assert_allclose(run(layer, x), expected @ out_w + out_b, atol=1e-5)
 
 
-def test_pixel_attention_is_the_identity_at_first_and_equivariant():
+def test_pixel_attention_is_the_identity_at_first_and_equivariant(run):
     layer = PixelAttention(8, 2, groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = normal(2, 3, 4, 8)
     np.testing.assert_array_equal(run(layer, x), x)
@@ -63,7 +58,7 @@ def test_conv_is_a_correlation_with_zero_padding():
 
 
 @pytest.mark.parametrize("resample, side", [(None, 4), ("up", 8), ("down", 2)])
-def test_res_block_starts_as_its_skip(resample, side):
+def test_res_block_starts_as_its_skip(resample, side, run):
     layer = ResBlock(4, 4, cond_width=6, groups=2, resample=resample, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = normal(2, 4, 4, 4)
     skip = {None: x, "up": double(x), "down": halve(x)}[resample]
@@ -71,7 +66,7 @@ def test_res_block_starts_as_its_skip(resample, side):
     np.testing.assert_allclose(run(layer, x, normal(2, 6)), skip, atol=1e-6)
 
 
-def test_res_block_sees_its_condition_and_drops_with_a_key():
+def test_res_block_sees_its_condition_and_drops_with_a_key(run):
     layer = ResBlock(4, 8, cond_width=6, groups=2, dropout_rate=0.5, dtype=jnp.float32, rngs=nnx.Rngs(0))
     layer.conv2.kernel[...] = normal(3, 3, 8, 8)
     x = normal(2, 4, 4, 4)
@@ -85,7 +80,7 @@ def test_res_block_sees_its_condition_and_drops_with_a_key():
     lambda rngs: DiTBlock(8, 2, 16, dropout_rate=0.5, dtype=jnp.float32, rngs=rngs),
     lambda rngs: MLPBlock(8, 16, cond_width=8, dropout_rate=0.5, dtype=jnp.float32, rngs=rngs),
 ])  # fmt: skip
-def test_adaln_blocks_are_the_identity_at_first(make):
+def test_adaln_blocks_are_the_identity_at_first(make, run):
     layer = make(nnx.Rngs(0))
     x, cond = normal(2, 5, 8), normal(2, 8, seed=1)
     np.testing.assert_array_equal(run(layer, x, cond), x)

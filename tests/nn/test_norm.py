@@ -15,13 +15,8 @@ def normal(*shape, seed=0, mean=0.0):
     return np.random.default_rng(seed).normal(mean, 1.0, shape).astype(np.float32)
 
 
-@nnx.jit
-def run(layer, *given):
-    return layer(*given)
-
-
 @pytest.mark.parametrize("shape, groups", [((3, 4, 5, 12), 4), ((2, 7, 6), 1), ((2, 6), 6), ((2, 3, 2, 2, 8), 2)])
-def test_group_norm_is_flax_group_norm(shape, groups):
+def test_group_norm_is_flax_group_norm(shape, groups, run):
     x, scale, bias = normal(*shape), normal(shape[-1], seed=1), normal(shape[-1], seed=2)
     theirs = nnx.GroupNorm(shape[-1], num_groups=groups, epsilon=1e-5, rngs=nnx.Rngs(0))
     theirs.scale[...], theirs.bias[...] = scale, bias
@@ -39,7 +34,7 @@ def test_group_norm_of_a_constant_is_the_bias():
     np.testing.assert_allclose(out, 0.5, atol=0.3)
 
 
-def test_adaptive_group_norm_modulates_the_normalised_input():
+def test_adaptive_group_norm_modulates_the_normalised_input(run):
     x, shift, scale = normal(2, 3, 3, 8), normal(2, 8, seed=1), normal(2, 8, seed=2)
     layer = GroupNorm(8, 4)
     layer.scale[...], layer.bias[...] = normal(8, seed=3), normal(8, seed=4)

@@ -113,6 +113,7 @@ def test_other_data_is_judged_on_pixels_with_a_note(monkeypatch, tmp_path, capsy
     images = np.clip(100 + 60 * labels[:, None, None, None] + 20 * rng.standard_normal((240, 20, 20, 1)), 0, 255)
     dataset = arrays(images.astype(np.uint8), labels, heldout=120)
     open_run(monkeypatch, dataset, "npz(path='bands.npz')")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     report = evaluation.evaluate(tmp_path, quick=True, seeds=2, num_samples=60)
     mean, spread = (report["rows"][name] for name in ("ours: dpmpp_2m(), 12 NFE", "  std of 2 seeds"))
     each = [row["fd_pixels"] for row in report["each_seed"]]
@@ -123,6 +124,8 @@ def test_other_data_is_judged_on_pixels_with_a_note(monkeypatch, tmp_path, capsy
     notes = " ".join(report["notes"])
     assert "no feature extractor" in notes and "100 values" in notes and "60 samples against 120" in notes
     assert not (tmp_path / "eval" / "nfe.png").exists() and (tmp_path / "eval" / "grid.png").exists()
+    # One loss is no curve.
+    assert not (tmp_path / "eval" / "loss.png").exists()
     assert "note: no feature extractor" in capsys.readouterr().out
 
 
