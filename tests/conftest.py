@@ -1,6 +1,7 @@
 """Shared by all tests: a cache of compiled programs that outlives the run, cheap compilation, float64 on demand."""
 
 import os
+import signal
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,12 @@ os.environ.setdefault(
 
 import jax
 import pytest
+
+
+def pytest_configure():
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and so would each program that they start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,18 @@ def launch(script, tmp_path, *arguments, **variables):
     environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PAUSE": "0"} | variables
     command = ["bash", str(LAUNCH / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+
+
+@contextmanager
+def running(**variables):
+    """local.sh in a process group of its own, of which nothing is left afterwards."""
+    command = ["bash", str(LAUNCH / "local.sh"), "train"]
+    with subprocess.Popen(command, env=os.environ | variables, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def calls(tmp_path):
@@ -86,8 +99,7 @@ def test_local_tells_processes_apart(program, tmp_path):
 
 def test_local_passes_a_signal_on_and_stops(program, tmp_path):
     run = program("run", 'trap "exit 75" TERM\nwhile :; do sleep 0.05; done')
-    environ = os.environ | {"DIFFJAX": str(run), "PROCESSES": "2"}
-    with subprocess.Popen(["bash", str(LAUNCH / "local.sh"), "train"], env=environ) as process:
+    with running(DIFFJAX=str(run), PROCESSES="2") as process:
         until = time.monotonic() + 30
         while not (tmp_path / "calls").exists() or len(calls(tmp_path)) < 2:
             assert time.monotonic() < until
@@ -116,9 +128,7 @@ def test_local_lets_a_run_save_after_a_signal_to_the_whole_group(program, tmp_pa
     (tmp_path / "saves.py").write_text(SAVES)
     state = tmp_path / "state"
     run = program("run", f'exec "{sys.executable}" "{tmp_path}/saves.py" "{state}"')
-    environ = os.environ | {"DIFFJAX": str(run), "PYTHONPATH": str(LAUNCH.parents[1])}
-    command = ["bash", str(LAUNCH / "local.sh"), "train"]
-    with subprocess.Popen(command, env=environ, start_new_session=True) as process:
+    with running(DIFFJAX=str(run), PYTHONPATH=str(LAUNCH.parents[1])) as process:
         until = time.monotonic() + 60
         while not state.exists() or not state.read_text():
             assert time.monotonic() < until

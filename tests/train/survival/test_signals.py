@@ -149,12 +149,15 @@ def test_the_command_is_stopped_before_its_first_step_and_starts_again(tmp_path)
     command = [sys.executable, "-m", "diffjax", "train", "--config=config.py", "--workdir=run"]
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if "compiling the training step" in line:
-                break
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == RESUME
-        assert "diffjax: SIGTERM before the first step" in process.stderr.read()
+        try:
+            for line in process.stderr:
+                if "compiling the training step" in line:
+                    break
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == RESUME
+            assert "diffjax: SIGTERM before the first step" in process.stderr.read()
+        finally:
+            process.kill()
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     (tmp_path / "slow_net.py").write_text(SLOW_TO_TRACE.replace("200_000_000", "1"))
     assert subprocess.run(command, cwd=tmp_path, env=environ, timeout=100).returncode == 0
