@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffjax.train import setup
 from diffjax.train.parallel.mesh import make_mesh, parse_mesh, place
 from diffjax.train.parallel.sharding import state_sharding
 from diffjax.train.parts import prepare
-from diffjax.train.setup import compile_step
 from diffjax.train.state import abstract_state, init_state
 
 STEPS, BATCH, DEVICES = 10, 16, 8
@@ -77,6 +77,16 @@ def randomised(init, dtype):
     return noisy
 
 
+def abstract_batch(config, parts, shape=None):
+    """That of a run, but for images of the dtype of the parameters: a loss is computed in that of its images."""
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    batch = RUNS_BATCH(config, parts, shape)
+    return batch | {"image": batch["image"].update(dtype=dtype)}
+
+
+RUNS_BATCH, setup.abstract_batch = setup.abstract_batch, abstract_batch
+
+
 def train(family, precision, mode):
     config, parts = prepare(settings(family, precision, mode))
     if mode == "pmap without its mean":
@@ -87,11 +97,11 @@ def train(family, precision, mode):
     mesh = make_mesh(devices=jax.devices()[:1]) if one else make_mesh(parse_mesh(config.mesh))
     state = jax.tree.map(np.asarray, jax.jit(lambda: init_state(parts, jax.random.key(0)))())
     where = state_sharding(mesh, abstract_state(parts), parts.model.rules, config.sharding)
-    step_fn, empty, _ = compile_step(config, parts, mesh, where)
+    step_fn, empty, _ = setup.compile_step(config, parts, mesh, where)
     start, state, losses = state.params, place(state, where), []
     for i in range(STEPS):
         items = parts.dataset.train[BATCH * i : BATCH * (i + 1)]
-        state, window = step_fn(state, empty(), dict(items))
+        state, window = step_fn(state, empty(), items | {"image": items["image"].astype(dtype)})
         losses.append(float(window.loss))
     text = step_fn.as_text() if hasattr(step_fn, "as_text") else ""
     kinds = re.findall(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
