@@ -70,12 +70,15 @@ def heard_at_once(act: Callable[[int], None] | None) -> Iterator[Callable[[], No
 def at_first(numbers: tuple[int, ...], act: Callable[[int], None]) -> Iterator[None]:
     """Calls `act(number)` at the first of some signals while the block lasts; nothing outside of the main thread.
 
-    What comes within `ECHO_S` seconds is ignored, what comes later has the effect that it had before the block.
+    A signal that the program was started to ignore, as a script does with SIGINT for what it runs in the background,
+    stays ignored. What comes within `ECHO_S` seconds is ignored, what comes later has the effect that it had before the
+    block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in numbers}
+    handlers = ((number, signal.getsignal(number)) for number in numbers)
+    before = {number: handler for number, handler in handlers if handler is not signal.SIG_IGN}
     first: float | None = None
 
     def restore():

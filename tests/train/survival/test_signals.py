@@ -61,6 +61,17 @@ def test_of_several_processes_each_passes_an_interrupt_on_once(usual, clock):
     assert usual == [signal.SIGTERM, signal.SIGINT]
 
 
+@pytest.mark.parametrize("ignored, other", [BOTH, BOTH[::-1]])
+def test_what_is_ignored_stays_ignored(usual, ignored, other):
+    signal.signal(ignored, signal.SIG_IGN)
+    with signals.caught_signals() as caught:
+        signal.raise_signal(ignored)
+        assert caught == []
+        signal.raise_signal(other)
+        assert caught == [other]
+    assert signal.getsignal(ignored) is signal.SIG_IGN and usual == []
+
+
 @pytest.mark.parametrize("number", BOTH)
 def test_a_later_signal_ends_a_program_at_once(number):
     program = """
