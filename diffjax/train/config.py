@@ -193,7 +193,7 @@ def naming(path: str):
     except ConfigError:
         raise
     except Exception as error:
-        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         key = f"{path}.KEY" if isinstance(_get(defaults(), path.removeprefix("config.")), ConfigDict) else path
         raise ConfigError(f"{path}: {text}" + FIX.format(path=key)) from error
 

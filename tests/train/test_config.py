@@ -86,6 +86,7 @@ UNLABELLED = f"diffjax.data:arrays(images={((((0.0,),),),) * 16})"
         (dict(ema=("decay(0.9)", "decay(0.9)")), ["config.ema", "twice"]),
         (dict(ema=("pwr(std=0.1)",)), ["config.ema", "unknown ema 'pwr'"]),
         (dict(data="digit()"), ["config.data", "did you mean 'digits'"]),
+        (dict(data="folder('gone', size=8)"), ["config.data: no folder 'gone'", "--config.data=VALUE"]),
         (dict(augment=("shft()",)), ["config.augment", "did you mean 'shift'"]),
         (
             dict(schedule="flow()", time="uniform()", head="eps", sample=dict(spacing="uniform()")),
