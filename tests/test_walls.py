@@ -18,7 +18,9 @@ ALLOWED = {
     "core": {"diffjax.core"},
     "sampling": {"diffjax.core", "diffjax.sampling"},
     "guidance": {"diffjax.core", "diffjax.guidance"},
-    "convert": {"scipy", "diffjax.core", "diffjax.sampling", "diffjax.convert"},
+    "convert": {
+        "scipy", "diffjax.core", "diffjax.sampling", "diffjax.models", "diffjax.nn.functional", "diffjax.convert",
+    },
     "nn": {"flax", "diffjax.nn"},
     "models": {"flax", "diffjax.nn", "diffjax.models", "diffjax.core.types", "diffjax.registry"},
     "data": {"grain", "absl", "PIL", "tensorflow_datasets", "sklearn", "scipy", "diffjax.data", "diffjax.registry"},

@@ -1,5 +1,17 @@
-"""Models and samplers of other libraries, read from their own files."""
+"""Models, weights and samplers of other libraries, read from their own files and written for them.
+
+`load` and `save` bring Flax with them when they are first asked for.
+"""
 
 from diffjax.convert.scheduler import scheduler, start_scale
 
-__all__ = ["scheduler", "start_scale"]
+_WEIGHTS = ("WeightsError", "load", "save")
+__all__ = [*_WEIGHTS, "scheduler", "start_scale"]
+
+
+def __getattr__(name: str):
+    if name not in _WEIGHTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from diffjax.convert import weights
+
+    return getattr(weights, name)

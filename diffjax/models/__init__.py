@@ -1,10 +1,50 @@
-"""Networks as pairs of pure functions: `MODELS[name](*, shape, num_classes, ...) -> Model`."""
+"""Networks as pairs of pure functions.
 
+`MODELS[name](*, shape, num_classes, ...) -> Model` are those to train from a config of this library;
+`NETWORKS[class](config, ...) -> Model` those of published checkpoints, by the name of the class in their `config.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffjax.core.types import Model
 from diffjax.models.dit import dit
 from diffjax.models.mlp import mlp
 from diffjax.models.presets import PRESETS, preset
+from diffjax.models.transformers import dit_transformer
 from diffjax.models.unet import unet
+from diffjax.registry import lookup
 
 MODELS = {"mlp": mlp, "unet": unet, "dit": dit}
+NETWORKS: dict[str, Callable[..., Model]] = {"DiTTransformer2DModel": dit_transformer}
 
-__all__ = ["MODELS", "PRESETS", "dit", "mlp", "preset", "unet"]
+__all__ = ["MODELS", "NETWORKS", "PRESETS", "dit", "from_config", "kind_of", "mlp", "preset", "unet"]
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """The class that a `config.json` names: `_class_name`, or the first of `architectures`.
+
+    Raises:
+      ValueError: if it names none.
+    """
+    architectures = config.get("architectures")
+    several = isinstance(architectures, list | tuple) and architectures
+    kind = config.get("_class_name", architectures[0] if several else None)
+    if not isinstance(kind, str):
+        raise ValueError("the config names no class: expected '_class_name', or 'architectures' with one name")
+    return kind
+
+
+def from_config(config: Mapping[str, Any], **how) -> Model:
+    """The network that the `config.json` of a checkpoint describes, without parameters.
+
+    Args:
+      config: with the name of a class of `NETWORKS` under `_class_name` or `architectures`, and its settings.
+      how: how it is computed: `dtype`, `param_dtype`, `attention`, `scan`, `remat`; see `diffjax.models.settings.how`.
+
+    Raises:
+      ValueError: for a class, or a setting of it, that is not known or not supported.
+    """
+    return lookup(kind_of(config), NETWORKS, "class of network")(config, **how)

@@ -7,42 +7,82 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.nn.linear import Linear
-from diffjax.nn.norm import GroupNorm, plus
+from diffjax.nn.norm import GroupNorm, plus, widen
 from diffjax.nn.taps import scope, tap
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "chunked", "cudnn")
+CHUNK = 128  # queries at a time, of "chunked"
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None = None, *, implementation: str = "xla"
-) -> jax.Array:
-    """`softmax(scale q k) v` of `q [B, T, N, d]` and `k, v [B, S, N, d]`: `[B, T, N, d]`, softmax in at least float32.
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None = None, *, bias: jax.Array | None = None,
+    causal: bool = False, implementation: str = "xla",
+) -> jax.Array:  # fmt: skip
+    """`softmax(scale q k + bias) v` of `q [B, T, N, d]`, `k, v [B, S, N, d]`: `[B, T, N, d]`, softmax at least float32.
 
     Args:
       scale: None for `1 / sqrt(d)`.
-      implementation: "xla", or "cudnn" for the fused kernel of NVIDIA GPUs, which keeps no weights and takes bfloat16
-        and float16 only; on other devices "xla" takes its place, so that a model can be used there.
+      bias: added to the scores, `[B or 1, N or 1, T or 1, S]`; what is masked out has a large negative number there,
+        finite, so that a row without keys has a mean and no NaN.
+      causal: whether query i sees the keys up to i alone.
+      implementation: "xla"; "chunked", the same for some of the queries at a time, so that their weights are never
+        there as a whole, forward or backward; or "cudnn" for the fused kernel of NVIDIA GPUs, which keeps no weights
+        and takes bfloat16 and float16 only; on other devices "xla" takes its place, so that a model can be used there.
 
     Raises:
       ValueError: for "cudnn" in another type.
     """
     halves = q.dtype in (jnp.bfloat16, jnp.float16)
+    if implementation == "chunked":
+        return _chunked(q, k, v, scale, bias, causal)
     if implementation == "cudnn" and not halves:
         raise ValueError(f"attention by cudnn needs bfloat16 or float16, here it is {q.dtype}; take 'xla'")
     if halves:
         # The name of a device, since that of the platform is "gpu" for other makers' as well.
         if implementation == "cudnn" and "nvidia" not in jax.devices()[0].device_kind.lower():
             implementation = "xla"
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation)
+        return jax.nn.dot_product_attention(
+            q, k, v, None if bias is None else widen(bias), scale=scale, is_causal=causal, implementation=implementation
+        )
     # JAX's own takes the softmax of wider types in float32 as well, and is slower on CPU. Heads lie in front here, or
     # XLA would transpose the weights. The maximum only keeps the exponential finite, and the weights are normalised
     # after their use, so that every pass over them, forward and backward, is one fused loop.
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (scale * q, k, v))
     scores = jnp.einsum("bntd,bnsd->bnts", q, k)
+    scores = scores if bias is None else scores + bias.astype(scores.dtype)
+    if causal:
+        scores = jnp.where(jnp.tri(*scores.shape[2:], dtype=bool), scores, jnp.finfo(scores.dtype).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     mixed = jnp.einsum("bnts,bnsd->bntd", weights, v) / weights.sum(-1, keepdims=True)
     return jnp.swapaxes(mixed, 1, 2)
+
+
+def _chunked(q, k, v, scale, bias, causal):
+    """Queries by chunks, in a loop that keeps nothing but its results (Rabe & Staats 2021, arXiv:2112.05682)."""
+    length, keys = q.shape[1], k.shape[1]
+    # As few chunks as there must be, and those as even as they can be.
+    count = -(-length // CHUNK)
+    size = -(-length // count)
+    spare = count * size - length
+    rows = None
+    if bias is not None and bias.shape[2] != 1:
+        rows = jnp.pad(bias, ((0, 0), (0, 0), (0, spare), (0, 0)))
+        rows = jnp.moveaxis(rows.reshape(*bias.shape[:2], count, size, keys), 2, 0)
+    parts = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0))).reshape(q.shape[0], count, size, *q.shape[2:])
+
+    @jax.checkpoint
+    def part(_, given):
+        q, rows, index = given
+        added = bias if rows is None else rows
+        if causal:
+            seen = jnp.arange(keys) <= index * size + jnp.arange(size)[:, None]
+            mask = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min / 2)[None, None]
+            added = mask if added is None else added + mask
+        return None, attend(q, k, v, scale, bias=added)
+
+    _, out = jax.lax.scan(part, None, (jnp.moveaxis(parts, 1, 0), rows, jnp.arange(count)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :length]
 
 
 class SelfAttention(nnx.Module):

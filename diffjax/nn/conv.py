@@ -46,19 +46,35 @@ convolution.defjvp(bilinear_jvp(convolution, _by_kernel), symbolic_zeros=True)
 
 
 class Conv(nnx.Module):
-    """A `size` x `size` convolution NHWC -> NHWC of the same height and width; `zero` starts it at zero.
+    """A `size` x `size` convolution NHWC -> NHWC; `zero` starts it at zero.
 
     As Flax's, apart from the gradient of the bias, which is summed in at least float32 (`diffjax.nn.norm.plus`).
+
+    Args:
+      stride: of the window, the same in both directions.
+      padding: rows and columns of zeros: None for as many as keep height and width at stride 1, a number for each side,
+        or a pair for the low and the high side.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, size: int = 3, *, zero: bool = False, dtype, rngs):
+    def __init__(
+        self, channels_in: int, channels_out: int, size: int = 3, *, stride: int = 1,
+        padding: int | tuple[int, int] | None = None, bias: bool = True, zero: bool = False, dtype, rngs,
+    ):  # fmt: skip
         init = zeros if zero else nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (size, size, channels_in, channels_out), jnp.float32))
-        self.bias = nnx.Param(zeros(rngs.params(), (channels_out,), jnp.float32))
-        self.dtype = dtype
+        self.bias = nnx.Param(zeros(rngs.params(), (channels_out,), jnp.float32)) if bias else None
+        same = ((size - 1) // 2, size // 2)
+        padding = same if padding is None else (padding, padding) if isinstance(padding, int) else tuple(padding)
+        self.same, self.stride, self.padding, self.dtype = stride == 1 and padding == same, stride, padding, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return plus(convolution(x.astype(self.dtype), self.kernel[...].astype(self.dtype)), self.bias[...])
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if self.same:
+            out = convolution(x, kernel)
+        else:
+            window = (self.stride, self.stride), (self.padding, self.padding)
+            out = jax.lax.conv_general_dilated(x, kernel, *window, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return out if self.bias is None else plus(out, self.bias[...])
 
 
 def halve(x: jax.Array) -> jax.Array:

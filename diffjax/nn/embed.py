@@ -24,6 +24,28 @@ def sinusoidal(t: jax.Array, dim: int, *, time_scale: float = 1.0, max_period: f
     return _waves(t, frequencies * time_scale)
 
 
+def timestep_waves(
+    t: jax.Array, dim: int, *, cosines_first: bool = True, shift: float = 0.0, time_scale: float = 1.0,
+    max_period: float = 10_000.0,
+) -> jax.Array:  # fmt: skip
+    """`sinusoidal` with the choices that checkpoints have made: `[B, dim] float32` of `t [B]`.
+
+    Args:
+      cosines_first: or the sines, as in Ho et al. 2020.
+      shift: the frequencies are `max_period ** (-i / (dim / 2 - shift))`; 1 makes `1 / max_period` the lowest.
+      time_scale: factor of the phases.
+
+    The exponents are rounded to float32 before the exponential, as PyTorch's are: at t = 1000 that is 3e-5 of the
+    result. An odd `dim` ends in a zero.
+    """
+    half = dim // 2
+    exponents = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    phase = time_scale * (jnp.asarray(t, jnp.float32)[:, None] * frequencies)
+    waves = (jnp.cos(phase), jnp.sin(phase)) if cosines_first else (jnp.sin(phase), jnp.cos(phase))
+    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, dim % 2)))
+
+
 def fourier(t: jax.Array, dim: int, *, time_scale: float = 1.0) -> jax.Array:
     """`[cos(2 pi f_i t), sin(2 pi f_i t)]` of `t [B]`, `f_i ~ N(0, time_scale^2)`: `[B, dim] float32`.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.tree_util import tree_flatten_with_path
 
@@ -50,13 +51,22 @@ def rngs_of(key: jax.Array) -> nnx.Rngs:
     return rngs
 
 
-def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
+def functional(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: Any = None) -> Functional:
     """The pure functions of the module that `make(rngs)` builds; `make` is only traced here, nothing is allocated.
+
+    Args:
+      make: builds the module.
+      param_dtype: of what `init` returns, where that is of floating point; None for what the layers make, float32.
 
     Raises:
       ValueError: if the module holds anything but `nnx.Param` (random state, batch statistics): hidden state would
         be frozen into the functions.
     """
+
+    def cast(leaf):
+        floating = param_dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(param_dtype) if floating else leaf
+
     abstract = nnx.eval_shape(lambda: make(rngs_of(jax.random.key(0))))
     graph, abstract_params, rest = nnx.split(abstract, nnx.Param, ...)
     if jax.tree.leaves(rest):
@@ -68,7 +78,7 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     shapes = nnx.to_pure_dict(abstract_params)
 
     def init(key: jax.Array) -> dict:
-        return nnx.to_pure_dict(nnx.split(make(rngs_of(key)), nnx.Param, ...)[1])
+        return jax.tree.map(cast, nnx.to_pure_dict(nnx.split(make(rngs_of(key)), nnx.Param, ...)[1]))
 
     def apply(params: dict, *inputs, method: str | None = None, **settings):
         check_params(params, shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +54,31 @@ class Linear(nnx.Module):
     As Flax's, apart from the gradient of the bias, which is summed in at least float32 (`diffjax.nn.norm.plus`).
     """
 
-    def __init__(self, channels_in: int, channels_out: int, *, kernel_init=_lecun, dtype, rngs):
+    def __init__(
+        self, channels_in: int, channels_out: int, *, bias: bool = True, kernel_init=_lecun, dtype, rngs
+    ):  # fmt: skip
         self.kernel = nnx.Param(kernel_init(rngs.params(), (channels_in, channels_out), jnp.float32))
-        self.bias = nnx.Param(zeros(rngs.params(), (channels_out,), jnp.float32))
+        self.bias = nnx.Param(zeros(rngs.params(), (channels_out,), jnp.float32)) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return plus(product(x.astype(self.dtype), self.kernel[...].astype(self.dtype)), self.bias[...])
+        out = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return out if self.bias is None else plus(out, self.bias[...])
+
+
+def _quick_gelu(x):
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By the names that configs of checkpoints have for them.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "mish": jax.nn.mish,
+    "quick_gelu": _quick_gelu,  # Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}

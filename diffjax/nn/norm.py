@@ -63,20 +63,35 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, groups: int, 
     return (f * a.reshape(shape) + b.reshape(shape)).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, *, eps: float = 1e-6) -> jax.Array:
-    """Parameter-free layer normalisation (Ba et al. 2016, arXiv:1607.06450) over the last axis; x's shape and dtype.
+def layer_norm(
+    x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, *, eps: float = 1e-6
+) -> jax.Array:
+    """Layer normalisation (Ba et al. 2016, arXiv:1607.06450) over the last axis of `x [..., C]`; x's shape and dtype.
+
+    Args:
+      scale, bias: `[C]`; None for 1 and 0.
 
     The means are matrix-vector products: XLA's CPU back end is slow at reducing a minor axis. Their precision is pinned
     because accelerators round the inputs of float32 products by default.
     """
     f = widen(x)
-    mean_weights = jnp.full((x.shape[-1],), 1.0 / x.shape[-1], f.dtype)
+    centred = f - _mean(f)
+    out = centred * jax.lax.rsqrt(_mean(centred * centred) + eps)
+    out = out if scale is None else times(out, scale)
+    return (out if bias is None else plus(out, bias)).astype(x.dtype)
 
-    def mean(a):
-        return jnp.dot(a, mean_weights, precision=jax.lax.Precision.HIGHEST)[..., None]
 
-    centred = f - mean(f)
-    return (centred * jax.lax.rsqrt(mean(centred * centred) + eps)).astype(x.dtype)
+def rms_norm(x: jax.Array, scale: jax.Array | None = None, *, eps: float = 1e-6) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps)` over the last axis, times `scale [C]` if given (Zhang & Sennrich 2019,
+    arXiv:1910.07467); x's shape and dtype."""
+    f = widen(x)
+    out = f * jax.lax.rsqrt(_mean(f * f) + eps)
+    return (out if scale is None else times(out, scale)).astype(x.dtype)
+
+
+def _mean(a):
+    weights = jnp.full((a.shape[-1],), 1.0 / a.shape[-1], a.dtype)
+    return jnp.dot(a, weights, precision=jax.lax.Precision.HIGHEST)[..., None]
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -91,17 +106,40 @@ class GroupNorm(nnx.Module):
     AdaGN: Dhariwal & Nichol 2021, arXiv:2105.05233, section 3.
     """
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, groups: int, *, eps: float = 1e-5):
         self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
-        self.groups = groups
+        self.groups, self.eps = groups, eps
 
     def __call__(self, x: jax.Array, shift: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
         a, b = self.scale[...], self.bias[...]
         if shift is not None:
             # One affine map of the normalised input instead of two passes over it.
             a, b = a * (1 + widen(scale)), b * (1 + widen(scale)) + widen(shift)
-        return group_norm(x, a, b, groups=self.groups)
+        return group_norm(x, a, b, groups=self.groups, eps=self.eps)
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with a learned scale and bias, or without one or both."""
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, scale: bool = True, bias: bool = True):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32)) if scale else None
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32)) if scale and bias else None
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, *(a if a is None else a[...] for a in (self.scale, self.bias)), eps=self.eps)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a learned scale, or without."""
+
+    def __init__(self, channels: int, *, eps: float = 1e-6, scale: bool = True):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32)) if scale else None
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, None if self.scale is None else self.scale[...], eps=self.eps)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -1,0 +1,6 @@
+"""Networks and their weights, in the folder format of diffusers and transformers."""
+
+from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.folder import load, save
+
+__all__ = ["WeightsError", "load", "save"]

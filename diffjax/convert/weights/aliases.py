@@ -1,0 +1,36 @@
+"""Names that tensors have had in older files."""
+
+from __future__ import annotations
+
+import re
+
+# By class: what a name is replaced by (None: the tensor is a constant that the network makes itself).
+_ATTENTION = (
+    (r"\.query\.", ".to_q."),
+    (r"\.key\.", ".to_k."),
+    (r"\.value\.", ".to_v."),
+    (r"\.proj_attn\.", ".to_out.0."),
+)
+_CLIP = ((r"(^|\.)position_ids$", None),)
+_CLIP_TEXT = (*_CLIP, (r"^text_model\.", ""))
+_CLIP_VISION = (*_CLIP, (r"^vision_model\.", ""))
+ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
+    "AutoencoderKL": _ATTENTION,
+    "VQModel": _ATTENTION,
+    "UNet2DModel": _ATTENTION,
+    "CLIPTextModel": _CLIP_TEXT,
+    "CLIPTextModelWithProjection": _CLIP,
+    "CLIPVisionModel": _CLIP_VISION,
+    "CLIPVisionModelWithProjection": _CLIP,
+}
+
+
+def modern(kind: str, name: str) -> str | None:
+    """Today's name of a tensor of the class `kind`; None for one that is no parameter."""
+    for regex, replacement in ALIASES.get(kind, ()):
+        if replacement is None:
+            if re.search(regex, name):
+                return None
+        else:
+            name = re.sub(regex, replacement, name)
+    return name

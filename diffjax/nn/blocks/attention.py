@@ -1,0 +1,69 @@
+"""Attention with separate projections of queries, keys and values."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from diffjax.nn.attention import attend
+from diffjax.nn.linear import Linear
+from diffjax.nn.norm import GroupNorm, LayerNorm, RMSNorm, dropout
+from diffjax.nn.stack import Compute
+from diffjax.nn.taps import tap
+
+# Of queries and keys, over the channels of a head.
+QK_NORMS = {None: lambda width, eps: None, "layer_norm": LayerNorm, "rms_norm": RMSNorm}
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """`[B, T, N d] -> [B, T, N, d]`."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of `x [B, T, C]` to itself or to `context [B, S, context_width]`: `[B, T, C]`.
+
+    Args:
+      width: C.
+      heads, head_width: number of heads and channels of each.
+      context_width: None for self-attention.
+      bias, out_bias: of the three projections, and of the last one.
+      qk_norm: one of `QK_NORMS`, of queries and keys, head by head.
+      out_width: of the result; None for C.
+      groups: of a group normalisation of x in front; None for none.
+      dropout_rate: of the result, in calls with a key.
+
+    Activations: `q [B, T, N, d]`, `k` and `v [B, S, N, d]`, `mixed [B, T, N, d]`, `out [B, T, C]`.
+    """
+
+    def __init__(
+        self, width: int, heads: int, head_width: int, *, context_width: int | None = None, bias: bool = False,
+        out_bias: bool = True, qk_norm: str | None = None, qk_eps: float = 1e-5, out_width: int | None = None,
+        groups: int | None = None, eps: float = 1e-5, dropout_rate: float = 0.0, compute: Compute, rngs,
+    ):  # fmt: skip
+        inner, settings = heads * head_width, dict(dtype=compute.dtype, rngs=rngs)
+        context_width = width if context_width is None else context_width
+        self.group_norm = GroupNorm(width, groups, eps=eps) if groups else None
+        self.to_q = Linear(width, inner, bias=bias, **settings)
+        self.to_k = Linear(context_width, inner, bias=bias, **settings)
+        self.to_v = Linear(context_width, inner, bias=bias, **settings)
+        self.norm_q, self.norm_k = (QK_NORMS[qk_norm](head_width, eps=qk_eps) for _ in range(2))
+        self.to_out = nnx.Dict({"0": Linear(inner, out_width or width, bias=out_bias, **settings)})
+        self.heads, self.dropout_rate, self.implementation = heads, dropout_rate, compute.attention
+
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, *, bias: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """`bias [B or 1, N or 1, T or 1, S]` is added to the scores (`diffjax.nn.attend`)."""
+        x = x if self.group_norm is None else self.group_norm(x)
+        context = x if context is None else context
+        given = (self.to_q, x), (self.to_k, context), (self.to_v, context)
+        q, k, v = (split_heads(project(a), self.heads) for project, a in given)
+        q = q if self.norm_q is None else self.norm_q(q)
+        k = k if self.norm_k is None else self.norm_k(k)
+        q, k, v = tap("q", q), tap("k", k), tap("v", v)
+        mixed = tap("mixed", attend(q, k, v, bias=bias, implementation=self.implementation))
+        out = self.to_out["0"](mixed.reshape(*mixed.shape[:2], -1))
+        return tap("out", dropout(out, self.dropout_rate, key))
+

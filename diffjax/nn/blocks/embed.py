@@ -1,0 +1,101 @@
+"""Embeddings of times, labels, patches and pooled vectors."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diffjax.nn.conv import Conv
+from diffjax.nn.embed import timestep_waves
+from diffjax.nn.linear import ACTIVATIONS, Linear
+from diffjax.nn.stack import Compute
+from diffjax.nn.taps import tap
+
+
+class Embedding(nnx.Module):
+    """Rows of a table `[count, width]` by integers `[...]`: `[..., width]`."""
+
+    def __init__(self, count: int, width: int, *, compute: Compute, rngs):
+        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (count, width), jnp.float32))
+        self.dtype = compute.dtype
+
+    def __call__(self, index: jax.Array) -> jax.Array:
+        # Rows in the table's own type: the gradient of one is a sum over all that took it.
+        return jnp.take(tap("table", self.embedding[...]), index, axis=0).astype(self.dtype)
+
+
+class Projection(nnx.Module):
+    """Two linear maps, `linear_1` and `linear_2`, with an activation of `diffjax.nn.ACTIVATIONS` between them.
+
+    Args:
+      post_activation: of the result; None for none.
+      cond_width: of a second input, which a map without bias, `cond_proj`, adds to the first; None for none.
+    """
+
+    def __init__(
+        self, width_in: int, width: int, *, activation: str = "silu", out_width: int | None = None,
+        post_activation: str | None = None, cond_width: int | None = None, bias: bool = True, compute: Compute, rngs,
+    ):  # fmt: skip
+        settings = dict(dtype=compute.dtype, rngs=rngs)
+        self.linear_1 = Linear(width_in, width, bias=bias, **settings)
+        self.cond_proj = Linear(cond_width, width_in, bias=False, **settings) if cond_width else None
+        self.linear_2 = Linear(width, out_width or width, bias=bias, **settings)
+        self.activation = ACTIVATIONS[activation]
+        self.post_activation = ACTIVATIONS[post_activation] if post_activation else None
+
+    def __call__(self, x: jax.Array, cond: jax.Array | None = None) -> jax.Array:
+        x = x if cond is None else x + self.cond_proj(cond)
+        out = self.linear_2(self.activation(self.linear_1(x)))
+        return out if self.post_activation is None else self.post_activation(out)
+
+
+class LabelEmbedding(nnx.Module):
+    """Rows of `embedding_table`, which has one more than there are classes: that of no label."""
+
+    def __init__(self, num_classes: int, width: int, *, compute: Compute, rngs):
+        self.embedding_table = Embedding(num_classes + 1, width, compute=compute, rngs=rngs)
+
+    def __call__(self, y: jax.Array) -> jax.Array:
+        return self.embedding_table(y)
+
+
+class TimestepLabelEmbedding(nnx.Module):
+    """The sum of an embedded time and label (DiT, arXiv:2212.09748), `[B, width]`; 256 waves, cosines first."""
+
+    def __init__(self, num_classes: int, width: int, *, shift: float = 1.0, compute: Compute, rngs):
+        self.timestep_embedder = Projection(256, width, compute=compute, rngs=rngs)
+        self.class_embedder = LabelEmbedding(num_classes, width, compute=compute, rngs=rngs)
+        self.shift = shift
+
+    def __call__(self, t: jax.Array, y: jax.Array) -> jax.Array:
+        return self.timestep_embedder(timestep_waves(t, 256, shift=self.shift)) + self.class_embedder(y)
+
+
+def grid_positions(dim: int, height: int, width: int, *, base: int, interpolation: float = 1.0) -> np.ndarray:
+    """Fixed positions `[height, width, dim] float32` of a grid: half of the channels for the column, half for the row.
+
+    As `diffjax.nn.sincos_2d`, with coordinates scaled so that each side of the grid spans `base / interpolation`.
+    """
+    rows, columns = (
+        np.arange(n, dtype=np.float32) / (n / base) / interpolation for n in (height, width)
+    )
+    frequencies = 1.0 / 10_000.0 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    columns, rows = np.meshgrid(columns, rows)  # width first, as there
+    waves = [
+        np.concatenate([wave(axis.reshape(-1, 1).astype(np.float64) * frequencies) for wave in (np.sin, np.cos)], 1)
+        for axis in (columns, rows)
+    ]
+    return np.concatenate(waves, axis=1).reshape(height, width, dim).astype(np.float32)
+
+
+class PatchEmbed(nnx.Module):
+    """Patches of `x [B, H, W, C]` as tokens `[B, (H / patch) (W / patch), width]`, row major, without positions."""
+
+    def __init__(self, channels: int, width: int, patch: int, *, bias: bool = True, compute: Compute, rngs):
+        self.proj = Conv(channels, width, patch, stride=patch, padding=0, bias=bias, dtype=compute.dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.proj(x)
+        return h.reshape(h.shape[0], -1, h.shape[-1])
