@@ -15,10 +15,14 @@ from diffjax.models.mlp import mlp
 from diffjax.models.presets import PRESETS, preset
 from diffjax.models.transformers import dit_transformer
 from diffjax.models.unet import unet
+from diffjax.models.unets import unet_2d
 from diffjax.registry import lookup
 
 MODELS = {"mlp": mlp, "unet": unet, "dit": dit}
-NETWORKS: dict[str, Callable[..., Model]] = {"DiTTransformer2DModel": dit_transformer}
+NETWORKS: dict[str, Callable[..., Model]] = {
+    "DiTTransformer2DModel": dit_transformer,
+    "UNet2DModel": unet_2d,
+}
 
 __all__ = ["MODELS", "NETWORKS", "PRESETS", "dit", "from_config", "kind_of", "mlp", "preset", "unet"]
 

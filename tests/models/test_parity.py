@@ -112,6 +112,8 @@ def check_round_trip(model, params, folder, tmp_path):
 def check_half(family, folder, given, run):
     """In bfloat16 ours is about as far from float32 as PyTorch's, whose roundings lie elsewhere: norms and sums are
     wider here."""
+    if not parts(run, "half"):
+        return
     model, params = load(folder, dtype="bfloat16")
     found = jax.jit(lambda params, given: family.ours(model, params, given))(params, given)
     for key, value in parts(run, "out").items():

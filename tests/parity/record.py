@@ -85,10 +85,15 @@ def record_live(name: str, case: networks.Case, family, out: Path, seed: int) ->
         arrays |= {f"probe/{k}": v.numpy() for k, v in probes.items()}
         gradients = {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
         save_file({k: v.contiguous() for k, v in gradients.items()}, folder / "gradients.safetensors")
-    halved = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors_in(inputs).items()}
-    with torch.no_grad():
-        outputs = family.theirs(module.bfloat16(), halved)
-    arrays |= {f"half/{k}": v.float().numpy() for k, v in outputs.items()}
+    # Times and labels, of one axis, stay as they are.
+    whole = tensors_in(inputs)
+    halved = {k: v.bfloat16() if v.is_floating_point() and v.ndim > 1 else v for k, v in whole.items()}
+    try:
+        with torch.no_grad():
+            outputs = family.theirs(module.bfloat16(), halved)
+        arrays |= {f"half/{k}": v.float().numpy() for k, v in outputs.items()}
+    except RuntimeError as error:  # some of PyTorch's classes mix types
+        print(f"{name}: nothing in bfloat16: {error}")
     np.savez(folder / "run.npz", **arrays)
 
 

@@ -24,8 +24,8 @@ class Case(NamedTuple):
     Attributes:
       kind: PyTorch's class, such as "DiTTransformer2DModel".
       config: its settings.
-      inputs: `{name: spec}`, ("normal", shape), ("times", count), ("integers", shape, end), ("mask", shape) or
-        ("value", value).
+      inputs: `{name: spec}`, ("normal", shape), ("times", count), ("sigmas", count), ("integers", shape, end), ("mask",
+        shape) or ("value", value).
       gradients: whether those of the parameters are compared as well (live runs only).
     """
 
@@ -49,6 +49,8 @@ def draw(case: str, name: str, spec: tuple) -> np.ndarray:
         return rng.standard_normal(rest[0]).astype(np.float32)
     if what == "times":
         return rng.integers(0, 1000, rest[0]).astype(np.int32)
+    if what == "sigmas":
+        return np.exp(rng.standard_normal(rest[0])).astype(np.float32)
     if what == "integers":
         return rng.integers(0, rest[1], rest[0]).astype(np.int32)
     if what == "mask":  # the first few are seen, at least one
