@@ -15,12 +15,13 @@ from diffjax.models.mlp import mlp
 from diffjax.models.presets import PRESETS, preset
 from diffjax.models.transformers import dit_transformer
 from diffjax.models.unet import unet
-from diffjax.models.unets import unet_2d
+from diffjax.models.unets import unet_2d, unet_condition
 from diffjax.registry import lookup
 
 MODELS = {"mlp": mlp, "unet": unet, "dit": dit}
 NETWORKS: dict[str, Callable[..., Model]] = {
     "DiTTransformer2DModel": dit_transformer,
+    "UNet2DConditionModel": unet_condition,
     "UNet2DModel": unet_2d,
 }
 

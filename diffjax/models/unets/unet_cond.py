@@ -1,0 +1,295 @@
+"""`UNet2DConditionModel`: the U-Nets of Stable Diffusion (1.x, 2.x, inpainting, XL), LCM and DeepFloyd IF.
+
+Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952; Luo et al. 2023, arXiv:2310.04378.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffjax.core.types import Model
+from diffjax.models import settings
+from diffjax.models.unets import condition
+from diffjax.models.unets.blocks import MID, TYPES, DownLevel, Level, MidLevel, UpLevel, skip_channels
+from diffjax.models.unets.unet_2d import RULES as UNET_RULES
+from diffjax.models.unets.unet_2d import check_levels
+from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, scope, tap, widen
+
+KIND = "UNet2DConditionModel"
+RULES = (
+    (r"/transformer_blocks/.*/(to_[qkv]|proj)/kernel$", (None, "fsdp", "tensor")),
+    (r"/transformer_blocks/.*/(to_out/0|net/2)/kernel$", (None, "tensor", "fsdp")),
+    (r"/transformer_blocks/.*/net/0/proj/bias$", (None, "tensor")),
+    # Matrices in some checkpoints, convolutions of one pixel in others.
+    (r"/proj_(in|out)/kernel$", ()),
+    (r"^(encoder_hid_proj|add_embedding|class_embedding)(/.*)?/kernel$", ("fsdp",)),
+    (r"cond_proj/kernel$", (None, "fsdp")),
+    (r"positional_embedding$", ()),
+    *UNET_RULES,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The config of a `UNet2DConditionModel`, with its defaults."""
+
+    sample_size: int | tuple[int, int] | None = None  # what it was trained at; others do as well
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1.0
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple = 1
+    reverse_transformer_layers_per_block: tuple | None = None
+    encoder_hid_dim: int | None = None
+    encoder_hid_dim_type: str | None = None
+    attention_head_dim: int | tuple[int, ...] = 8  # in transformers the number of heads
+    num_attention_heads: int | None = None
+    dual_cross_attention: bool = False
+    use_linear_projection: bool = False
+    class_embed_type: str | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    num_class_embeds: int | None = None
+    upcast_attention: bool = False  # the softmax is in float32 in any case
+    resnet_time_scale_shift: str = "default"
+    resnet_skip_time_act: bool = False
+    resnet_out_scale_factor: float = 1.0
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    time_embedding_act_fn: str | None = None
+    timestep_post_act: str | None = None
+    time_cond_proj_dim: int | None = None
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
+    projection_class_embeddings_input_dim: int | None = None
+    attention_type: str = "default"
+    class_embeddings_concat: bool = False
+    mid_block_only_cross_attention: bool | None = None
+    cross_attention_norm: str | None = None
+    addition_embed_type_num_heads: int = 64
+
+
+class UNetCondition(nnx.Module):
+    """The module of `unet_condition`.
+
+    Activations: `temb`, `features`, those of the levels under `down_blocks/0/resnets/0/out` and so on.
+    """
+
+    def __init__(self, c: Settings, *, compute: Compute, rngs):
+        given, widths = dict(compute=compute, rngs=rngs), c.block_out_channels
+        self.conv_in = Conv(c.in_channels, widths[0], c.conv_in_kernel, dtype=compute.dtype, rngs=rngs)
+        for name, part in condition.parts(c, **given).items():
+            setattr(self, name, part)
+        self.down_blocks, self.mid_block = down_levels(c, **given), mid_level(c, **given)
+        layers = spread(c.layers_per_block, len(widths))
+        skips, below, up = skip_channels(widths, layers), widths[-1], {}
+        for i, width in enumerate(reversed(widths)):
+            up[str(i)] = UpLevel(_up(c, i), below, skips[i], twice=i < len(widths) - 1, **given)
+            below = width
+        self.up_blocks = nnx.Dict(up)
+        self.conv_norm_out = GroupNorm(widths[0], c.norm_num_groups, eps=c.norm_eps)
+        self.conv_out = Conv(widths[0], c.out_channels, c.conv_out_kernel, dtype=compute.dtype, rngs=rngs)
+        self.c, self.activation = c, ACTIVATIONS[c.act_fn]
+
+    def __call__(
+        self, x, t, context=None, y=None, *, mask=None, pooled=None, time_ids=None, image=None, hint=None, cond=None,
+        residuals=None, mid_residual=None, adapter=(), key=None,
+    ):  # fmt: skip
+        c, levels = self.c, len(self.c.block_out_channels)
+        settings.expect(KIND, "x", x, None, None, None, c.in_channels - 4 * (c.addition_embed_type == "image_hint"))
+        t = settings.times_of(KIND, t, x)
+        given = condition.Given(context, y, pooled, time_ids, image, hint, cond)
+        condition.check(KIND, c, given)
+        keys = (None,) * (2 * levels + 1) if key is None else jax.random.split(key, 2 * levels + 1)
+        temb, context, hint = condition.embed(self, c, t, given)
+        temb = tap("temb", temb if c.time_embedding_act_fn is None else ACTIVATIONS[c.time_embedding_act_fn](temb))
+        bias = mask_bias(mask)
+        x = 2 * x - 1.0 if c.center_input_sample else x
+        x = x if hint is None else jnp.concatenate([x, hint.astype(x.dtype)], -1)
+        h = tap("features", self.conv_in(x))
+        h, skips, adapter = run_down(self.down_blocks, h, temb, context, bias, keys, tuple(adapter))
+        if residuals is not None:
+            check_residuals(residuals, skips)
+            skips = [a + b for a, b in zip(skips, residuals, strict=True)]
+        if self.mid_block is not None:
+            with scope("mid_block"):
+                h = self.mid_block(h, temb, context, bias=bias, key=keys[-1])
+            h = h + adapter[0] if adapter and adapter[0].shape == h.shape else h
+        h = h if mid_residual is None else h + mid_residual
+        for i in range(levels):
+            block = self.up_blocks[str(i)]
+            taken, skips = skips[-block.level.layers :], skips[: -block.level.layers]
+            # Of odd sizes the half is rounded up, and the way back follows the features.
+            size = skips[-1].shape[1:3] if skips else None
+            with scope(f"up_blocks/{i}"):
+                h, _ = block(h, taken, temb, context, bias=bias, size=size, key=keys[levels + i])
+        return widen(self.conv_out(self.activation(self.conv_norm_out(h))))
+
+
+def mask_bias(mask: jax.Array | None) -> jax.Array | None:
+    """`[B, L]`, 1 for what is seen, as what is added to scores, `[B, 1, 1, L]`."""
+    return None if mask is None else ((1 - mask.astype(jnp.float32)) * -10_000.0)[:, None, None]
+
+
+def run_down(levels: nnx.Dict, h, temb, context, bias, keys, adapter=()):
+    """The way down: the features, those for the way up, and what is left of the adapter's."""
+    skips = [h]
+    for i in range(len(levels)):
+        block = levels[str(i)]
+        extra, adapter = adapter[:1], adapter[1:]
+        crossed = TYPES[block.level.type].attention in ("cross", "added")
+        with scope(f"down_blocks/{i}"):
+            h, outs, _ = block(
+                h, temb, context, bias=bias, residual=extra[0] if extra and crossed else None, key=keys[i]
+            )
+        if extra and not crossed:
+            h = outs[-1] = h + extra[0]
+        skips += outs
+    return h, skips, adapter
+
+
+def check_residuals(residuals, skips) -> None:
+    """Raises `ValueError` unless there is one residual of the right shape for each feature of the way down."""
+    given, wanted = ([tuple(a.shape) for a in part] for part in (residuals, skips))
+    if given != wanted:
+        raise ValueError(f"{KIND}: residuals of shapes {given}; the way down has {wanted}")
+
+
+def spread(value: Any, count: int) -> tuple:
+    """One value for each level."""
+    return value if isinstance(value, tuple) else (value,) * count
+
+
+def _level(c: Settings, kind: str, channels: int, layers: int, i: int, depth: Any, heads: Any) -> Level:
+    """The settings of a level whose attention is that of level i on the way down."""
+    count = len(c.block_out_channels)
+    typed = TYPES[kind]
+    own = typed.resample == "resnet" or kind == "UNetMidBlock2DSimpleCrossAttn"
+    rescale = c.mid_block_scale_factor if kind in MID else c.resnet_out_scale_factor if own else 1.0
+    width = condition.temb_width(c) * (2 if c.class_embeddings_concat else 1)
+    return Level(
+        kind, channels, layers, width, head_width=channels if heads[0] is None else heads[0], heads=heads[1],
+        depth=spread(depth, max(layers, 1)), context_width=spread(c.cross_attention_dim, count)[i],
+        only_cross=spread(c.only_cross_attention, count)[i], linear=c.use_linear_projection,
+        cross_norm=c.cross_attention_norm, padding=c.downsample_padding, groups=c.norm_num_groups,
+        attention_groups=c.norm_num_groups, eps=c.norm_eps, activation=c.act_fn,
+        film=c.resnet_time_scale_shift == "scale_shift", activated=own and c.resnet_skip_time_act, rescale=rescale,
+        dropout_rate=c.dropout,
+    )  # fmt: skip
+
+
+def down_levels(c: Settings, *, compute: Compute, rngs) -> nnx.Dict:
+    """The levels of the way down."""
+    widths, out = c.block_out_channels, {}
+    count = len(widths)
+    heads, depths = spread(c.attention_head_dim, count), spread(c.transformer_layers_per_block, count)
+    for i, (kind, layers) in enumerate(zip(c.down_block_types, spread(c.layers_per_block, count), strict=True)):
+        level = _level(c, kind, widths[i], layers, i, depths[i], (heads[i], heads[i]))
+        half = i < count - 1
+        out[str(i)] = DownLevel(level, widths[max(i - 1, 0)], half=half, compute=compute, rngs=rngs)
+    return nnx.Dict(out)
+
+
+def mid_level(c: Settings, *, compute: Compute, rngs) -> MidLevel | None:
+    """The middle, or None."""
+    kind, count = c.mid_block_type, len(c.block_out_channels)
+    if kind is None:
+        return None
+    depth, heads = spread(c.transformer_layers_per_block, count)[-1], spread(c.attention_head_dim, count)[-1]
+    layers = 0 if kind == "UNetMidBlock2D" else 1
+    level = _level(c, kind, c.block_out_channels[-1], layers, count - 1, depth, (heads, heads))
+    alone = c.mid_block_only_cross_attention
+    if alone is None:
+        alone = c.only_cross_attention if isinstance(c.only_cross_attention, bool) else False
+    alone = alone and kind == "UNetMidBlock2DSimpleCrossAttn"
+    return MidLevel(dataclasses.replace(level, only_cross=alone), compute=compute, rngs=rngs)
+
+
+def _up(c: Settings, i: int) -> Level:
+    """The settings of level i of the way up."""
+    count = len(c.block_out_channels)
+    back = count - 1 - i
+    depths = spread(c.transformer_layers_per_block, count)[::-1]
+    depths = depths if c.reverse_transformer_layers_per_block is None else c.reverse_transformer_layers_per_block
+    heads = spread(c.attention_head_dim, count)
+    # Checkpoints count the heads from below, but the channels of a head from above.
+    both = heads[i], heads[back]
+    layers = spread(c.layers_per_block, count)[back] + 1
+    return _level(c, c.up_block_types[i], c.block_out_channels[back], layers, back, depths[i], both)
+
+
+def unet_condition(config: Mapping[str, Any], **how) -> Model:
+    """`UNet2DConditionModel` by the config of a checkpoint.
+
+    Args:
+      config: see `Settings`.
+      how: see `diffjax.models.settings.how`.
+
+    Returns:
+      A `Model`: `apply(params, x [B, H, W, in_channels], t [B], context [B, L, D], y=None, *, ...)`, `[B, H, W,
+      out_channels] float32`, with these keywords:
+        mask: `[B, L]`, 1 for the tokens that are seen; all are by default.
+        pooled `[B, P]`, time_ids `[B, 6]`: of SDXL, the pooled text and (height, width, top, left, target height,
+          target width) in pixels.
+        cond: `[B, time_cond_proj_dim]`, the embedded guidance scale of LCM.
+        image `[B, D]`, hint `[B, 8 H, 8 W, 3]`: of Kandinsky.
+        y: labels `[B]` of a table; what the class embedding takes otherwise, such as the noise level of an upscaler.
+        residuals, mid_residual: of a ControlNet, added to the features of the way down and to those of the middle.
+        adapter: features of a T2I-Adapter, one for each level.
+        key: turns dropout on.
+      Times are steps of 1000.
+
+    Raises:
+      ValueError: for settings that are unknown or not supported.
+    """
+    c = settings.read(KIND, Settings, config)
+    check_settings(KIND, c)
+    settings.only(
+        KIND, c, num_attention_heads=(None,), dual_cross_attention=(False,), attention_type=("default",),
+        cross_attention_norm=(None, "group_norm"), time_embedding_type=("positional", "fourier"),
+        time_embedding_act_fn=(None, *ACTIVATIONS), timestep_post_act=(None, *ACTIVATIONS),
+    )  # fmt: skip
+    make = lambda compute, rngs: UNetCondition(c, compute=compute, rngs=rngs)
+    return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)
+
+
+def check_settings(kind: str, c: Any) -> None:
+    """Raises `ValueError` for what neither this network nor its ControlNet can be built from."""
+    settings.only(
+        kind, c, encoder_hid_dim_type=condition.PROJECTIONS, addition_embed_type=condition.ADDITIONS,
+        class_embed_type=condition.CLASSES, mid_block_type=(None, *MID), act_fn=tuple(ACTIVATIONS),
+        resnet_time_scale_shift=("default", "scale_shift"),
+    )  # fmt: skip
+    check_levels(kind, c, tuple(name for name, typed in TYPES.items() if typed.resample != "fir"))
+    if c.norm_num_groups is None:
+        raise ValueError(f"{kind}: norm_num_groups=None is not supported; its blocks need a number of groups")
+    count = len(c.block_out_channels)
+    for name in ("only_cross_attention", "layers_per_block", "cross_attention_dim", "attention_head_dim"):
+        value = getattr(c, name)
+        if isinstance(value, tuple) and len(value) != count:
+            raise ValueError(f"{kind}: {name} has {len(value)} values for {count} block_out_channels")
+    if condition.projection_of(c) and c.encoder_hid_dim is None:
+        raise ValueError(f"{kind}: encoder_hid_dim_type={c.encoder_hid_dim_type!r} needs encoder_hid_dim")
+    projected = c.class_embed_type in ("projection", "simple_projection") or c.addition_embed_type == "text_time"
+    if projected and c.projection_class_embeddings_input_dim is None:
+        raise ValueError(f"{kind}: projection_class_embeddings_input_dim is missing; the embeddings are made by it")
