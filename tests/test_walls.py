@@ -23,6 +23,9 @@ ALLOWED = {
     },
     "nn": {"flax", "diffjax.nn"},
     "models": {"flax", "diffjax.nn", "diffjax.models", "diffjax.core.types", "diffjax.registry"},
+    "adapters": {
+        "flax", "diffjax.nn", "diffjax.models", "diffjax.core.types", "diffjax.registry", "diffjax.adapters",
+    },
     "data": {"grain", "absl", "PIL", "tensorflow_datasets", "sklearn", "scipy", "diffjax.data", "diffjax.registry"},
     "metrics": {"sklearn", "scipy", "threadpoolctl", "diffjax.metrics", "diffjax.data", "diffjax.registry"},
     "viz": {"matplotlib", "diffjax.viz"},

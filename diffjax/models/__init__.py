@@ -1,28 +1,29 @@
 """Networks as pairs of pure functions.
 
-`MODELS[name](*, shape, num_classes, ...) -> Model` are those to train from a config of this library;
-`NETWORKS[class](config, ...) -> Model` those of published checkpoints, by the name of the class in their `config.json`.
+`MODELS[name](*, shape, num_classes, ...) -> Model` are those to train from a config of this library; `NETWORKS` those
+of published checkpoints, by the name of the class in their `config.json`, which `from_config` builds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diffjax.core.types import Model
 from diffjax.models.dit import dit
 from diffjax.models.mlp import mlp
 from diffjax.models.presets import PRESETS, preset
-from diffjax.models.transformers import dit_transformer
 from diffjax.models.unet import unet
-from diffjax.models.unets import unet_2d, unet_condition
-from diffjax.registry import lookup
+from diffjax.registry import lookup, nearest
 
 MODELS = {"mlp": mlp, "unet": unet, "dit": dit}
-NETWORKS: dict[str, Callable[..., Model]] = {
-    "DiTTransformer2DModel": dit_transformer,
-    "UNet2DConditionModel": unet_condition,
-    "UNet2DModel": unet_2d,
+# Where the function `(config, **how) -> Model` of a class is; it is imported when it is asked for.
+NETWORKS = {
+    "ControlNetModel": "diffjax.adapters.controlnet:controlnet",
+    "DiTTransformer2DModel": "diffjax.models.transformers.dit:dit_transformer",
+    "T2IAdapter": "diffjax.adapters.t2i_adapter:t2i_adapter",
+    "UNet2DConditionModel": "diffjax.models.unets.unet_cond:unet_condition",
+    "UNet2DModel": "diffjax.models.unets.unet_2d:unet_2d",
 }
 
 __all__ = ["MODELS", "NETWORKS", "PRESETS", "dit", "from_config", "kind_of", "mlp", "preset", "unet"]
@@ -52,4 +53,8 @@ def from_config(config: Mapping[str, Any], **how) -> Model:
     Raises:
       ValueError: for a class, or a setting of it, that is not known or not supported.
     """
-    return lookup(kind_of(config), NETWORKS, "class of network")(config, **how)
+    kind = kind_of(config)
+    if kind not in NETWORKS:
+        known = f"known: {', '.join(sorted(NETWORKS))}{nearest(kind, NETWORKS)}"
+        raise ValueError(f"the config is of a {kind!r}, which is not known here; {known}")
+    return lookup(NETWORKS[kind], {}, "class of network")(config, **how)

@@ -169,9 +169,10 @@ def run_down(levels: nnx.Dict, h, temb, context, bias, keys, adapter=()):
 
 
 def check_residuals(residuals, skips) -> None:
-    """Raises `ValueError` unless there is one residual of the right shape for each feature of the way down."""
+    """Raises `ValueError` unless there is one residual for each feature of the way down, of its shape or pooled."""
     given, wanted = ([tuple(a.shape) for a in part] for part in (residuals, skips))
-    if given != wanted:
+    pooled = [(b, 1, 1, c) for b, _, _, c in wanted]
+    if given not in (wanted, pooled):
         raise ValueError(f"{KIND}: residuals of shapes {given}; the way down has {wanted}")
 
 

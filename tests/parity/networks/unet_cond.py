@@ -17,7 +17,7 @@ IF = dict(
 )  # fmt: skip
 
 
-def _case(size=(8, 8), batch=2, masked=False, controlled=False, **config):
+def _case(size=(8, 8), batch=2, masked=False, **config):
     channels, length = config.get("in_channels", 4), 5
     hinted = config.get("addition_embed_type") == "image_hint"
     inputs = {"x": ("normal", (batch, *size, channels - 4 * hinted)), "t": ("times", batch)}
@@ -55,7 +55,14 @@ XL = dict(
     addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=30,
     use_linear_projection=True,
 )  # fmt: skip
+CONTROLLED = _case(**SD)
+CONTROLLED.inputs.update(
+    r0=("normal", (2, 8, 8, 8)), r1=("normal", (2, 8, 8, 8)), r2=("normal", (2, 4, 4, 8)), r3=("normal", (2, 4, 4, 16)),
+    mid=("normal", (2, 4, 4, 16)), a0=("normal", (2, 8, 8, 8)), a1=("normal", (2, 4, 4, 16)),
+    a2=("normal", (2, 4, 4, 16)),
+)  # fmt: skip
 CASES = {
+    "unet_cond_controlled": CONTROLLED,
     "unet_cond_sd": _case(**SD, masked=True, size=(9, 7)),
     "unet_cond_lcm_inpaint": _case(**SD, in_channels=9, time_cond_proj_dim=6, upcast_attention=True),
     "unet_cond_sdxl": _case(**SD | XL | dict(attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2))),
@@ -79,13 +86,26 @@ def theirs(module, given):
         added["hint"] = nchw(given["hint"])
     added = {k: v for k, v in added.items() if v is not None}
     call = dict(class_labels=longs.get("y"), timestep_cond=given.get("cond"), added_cond_kwargs=added or None)
+    if "mid" in given:
+        call["down_block_additional_residuals"] = [nchw(a) for a in extra("r", given)]
+        call["mid_block_additional_residual"] = nchw(given["mid"])
+        # PyTorch's U-Net takes them off the list and adds in place.
+        call["down_intrablock_additional_residuals"] = [nchw(a).clone() for a in extra("a", given)]
     mask = longs.get("mask")
     out = module(nchw(given["x"]), longs["t"], given.get("context"), encoder_attention_mask=mask, **call).sample
     return {"out": nhwc(out)}
 
 
+def extra(letter, given):
+    """Residuals `r0, r1, ...` of a ControlNet or features `a0, ...` of a T2I-Adapter."""
+    return [given[key] for key in sorted(given) if key[0] == letter and key[1:].isdigit()]
+
+
 def ours(model, params, given):
-    given = dict(given)
+    residuals, adapter = extra("r", given), extra("a", given)
+    given = {k: v for k, v in given.items() if not k[1:].isdigit()}
+    if "mid" in given:
+        given |= dict(mid_residual=given.pop("mid"), residuals=residuals, adapter=adapter)
     return {"out": model.apply(params, given.pop("x"), given.pop("t"), **given)}
 
 

@@ -1,0 +1,1 @@
+"""Networks and functions that change what another network does, and leave it as it is."""
