@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 from flax import nnx
 
@@ -12,7 +14,12 @@ from diffjax.nn.stack import Compute
 from diffjax.nn.taps import tap
 
 # Of queries and keys, over the channels of a head.
-QK_NORMS = {None: lambda width, eps: None, "layer_norm": LayerNorm, "rms_norm": RMSNorm}
+QK_NORMS = {
+    None: lambda width, eps: None,
+    "layer_norm": LayerNorm,
+    "fp32_layer_norm": partial(LayerNorm, scale=False),
+    "rms_norm": RMSNorm,
+}
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
