@@ -14,6 +14,8 @@ _ATTENTION = (
 _CLIP = ((r"(^|\.)position_ids$", None),)
 _CLIP_TEXT = (*_CLIP, (r"^text_model\.", ""))
 _CLIP_VISION = (*_CLIP, (r"^vision_model\.", ""))
+# The text of no prompt, which pipelines encode instead.
+_PIXART = ((r"^caption_projection\.y_embedding$", None),)
 ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "AutoencoderKL": _ATTENTION,
     "VQModel": _ATTENTION,
@@ -22,6 +24,7 @@ ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "CLIPTextModelWithProjection": _CLIP,
     "CLIPVisionModel": _CLIP_VISION,
     "CLIPVisionModelWithProjection": _CLIP,
+    "PixArtTransformer2DModel": _PIXART,
 }
 
 

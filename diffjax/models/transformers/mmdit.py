@@ -297,13 +297,13 @@ def check_settings(kind: str, c: Any) -> None:
         raise ValueError(f"{kind}: dual_attention_layers={c.dual_attention_layers!r}: expected numbers of layers")
 
 
-def check_image(kind: str, c: Any, x: jax.Array, channels: int) -> None:
+def check_image(kind: str, c: Any, x: jax.Array, channels: int, name: str = "x") -> None:
     """Raises `ValueError` unless `x [B, H, W, channels]` is of whole patches, no more than there are positions."""
-    settings.expect(kind, "x", x, None, None, None, channels)
-    check_divides(kind, "patch_size", c.patch_size, "the sides of x,", *x.shape[1:3])
+    settings.expect(kind, name, x, None, None, None, channels)
+    check_divides(kind, "patch_size", c.patch_size, f"the sides of {name},", *x.shape[1:3])
     if c.pos_embed_max_size is not None and max(x.shape[1:3]) > c.pos_embed_max_size * c.patch_size:
         most = c.pos_embed_max_size * c.patch_size
-        raise ValueError(f"{kind}: x has shape {tuple(x.shape)}; there are positions for sides up to {most} only")
+        raise ValueError(f"{kind}: {name} has shape {tuple(x.shape)}; there are positions for sides up to {most} only")
 
 
 def check_inputs(kind: str, c: Any, x: jax.Array, t, context, pooled) -> jax.Array:

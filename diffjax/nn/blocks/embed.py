@@ -91,10 +91,16 @@ def grid_positions(dim: int, height: int, width: int, *, base: int, interpolatio
 
 
 class PatchEmbed(nnx.Module):
-    """Patches of `x [B, H, W, C]` as tokens `[B, (H / patch) (W / patch), width]`, row major, without positions."""
+    """Patches of `x [B, H, W, C]` as tokens `[B, (H / patch) (W / patch), width]`, row major, without positions.
 
-    def __init__(self, channels: int, width: int, patch: int, *, bias: bool = True, compute: Compute, rngs):
-        self.proj = Conv(channels, width, patch, stride=patch, padding=0, bias=bias, dtype=compute.dtype, rngs=rngs)
+    `zero` starts it at zero.
+    """
+
+    def __init__(
+        self, channels: int, width: int, patch: int, *, bias: bool = True, zero: bool = False, compute: Compute, rngs
+    ):  # fmt: skip
+        given = dict(bias=bias, zero=zero, dtype=compute.dtype, rngs=rngs)
+        self.proj = Conv(channels, width, patch, stride=patch, padding=0, **given)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.proj(x)
