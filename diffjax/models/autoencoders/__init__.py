@@ -1,5 +1,22 @@
 """Autoencoders between images and latents: one file for each family of checkpoints."""
 
 from diffjax.models.autoencoders.kl import autoencoder_kl, from_latents, kl_divergence, posterior, to_latents
+from diffjax.models.autoencoders.tiling import Tiles, sliced, tiled_decode, tiled_encode, tiled_moments, tiles_of
+from diffjax.models.autoencoders.tiny import autoencoder_tiny, from_bytes, to_bytes
 
-__all__ = ["autoencoder_kl", "from_latents", "kl_divergence", "posterior", "to_latents"]
+__all__ = [
+    "Tiles",
+    "autoencoder_kl",
+    "autoencoder_tiny",
+    "from_bytes",
+    "from_latents",
+    "kl_divergence",
+    "posterior",
+    "sliced",
+    "tiled_decode",
+    "tiled_encode",
+    "tiled_moments",
+    "tiles_of",
+    "to_bytes",
+    "to_latents",
+]

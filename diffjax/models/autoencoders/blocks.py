@@ -1,7 +1,7 @@
 """The encoder and the decoder of convolutions that autoencoders of latent diffusion share.
 
-Esser et al. 2021, "Taming Transformers", arXiv:2012.09841, as Rombach et al. 2022, arXiv:2112.10752, have them. Both are
-built from the settings of an autoencoder, of which they read `in_channels`, `out_channels`, `latent_channels`,
+Esser et al. 2021, "Taming Transformers", arXiv:2012.09841, as Rombach et al. 2022, arXiv:2112.10752, have them. Both
+are built from the settings of an autoencoder, of which they read `in_channels`, `out_channels`, `latent_channels`,
 `block_out_channels`, `down_block_types`, `up_block_types`, `layers_per_block`, `act_fn`, `norm_num_groups` and
 `mid_block_add_attention`. Layers are not stacked: two or three of them are of one shape.
 """

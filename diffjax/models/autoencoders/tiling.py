@@ -1,0 +1,127 @@
+"""Autoencoders on large images: one image at a time, or one tile at a time.
+
+All are pure functions of arrays, to be jitted by their caller. Tiles of one shape run in one loop, whose body is
+compiled once: the whole tiles of an image in one, those at its low and right edge, which are cut off, in some others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffjax.core.types import Model
+from diffjax.models.autoencoders.kl import posterior
+
+
+class Tiles(NamedTuple):
+    """How images are cut.
+
+    Attributes:
+      sample: side of a tile of an image, in pixels.
+      latent: side of a tile of latents.
+      overlap: which part of a tile lies under the next.
+    """
+
+    sample: int
+    latent: int
+    overlap: float = 0.25
+
+
+def tiles_of(config: Mapping[str, Any]) -> Tiles:
+    """The tiles that the config of an `AutoencoderKL` asks for: of the size of the images that it was trained with."""
+    size = config.get("sample_size", 32)
+    size = int(size if isinstance(size, int) else size[0])
+    return Tiles(size, size // 2 ** (len(config.get("block_out_channels", (64,))) - 1))
+
+
+def sliced(fn: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """`fn` of `x [B, ...]`, one sample at a time: the same, in the memory of one."""
+
+    def run(x):
+        return jax.lax.map(lambda one: jax.tree.map(lambda out: out[0], fn(one[None])), x)
+
+    return run
+
+
+def tiled_decode(model: Model, params: dict, z: jax.Array, *, tiles: Tiles | None = None) -> jax.Array:
+    """`model.apply(params, z, method="decode")` tile by tile, blended where tiles overlap.
+
+    Another image than that of the whole, since a tile does not see the others. Latents that are no larger than a tile
+    are decoded as they are.
+
+    Args:
+      tiles: None for those of the model's config (`tiles_of`).
+    """
+    sample, latent, overlap = tiles_of(model.config) if tiles is None else tiles
+    decode = lambda z: model.apply(params, z, method="decode")
+    return _tiled(decode, z, size=latent, size_out=sample, overlap=overlap)
+
+
+def tiled_moments(model: Model, params: dict, x: jax.Array, *, tiles: Tiles | None = None) -> jax.Array:
+    """`model.apply(params, x, method="moments")` tile by tile, blended where tiles overlap; see `tiled_decode`.
+
+    Raises:
+      ValueError: for images whose last tiles have too few pixels for one latent; sides that are multiples of those of a
+        latent have none.
+    """
+    sample, latent, overlap = tiles_of(model.config) if tiles is None else tiles
+    moments = lambda x: model.apply(params, x, method="moments")
+    return _tiled(moments, x, size=sample, size_out=latent, overlap=overlap)
+
+
+def tiled_encode(
+    model: Model, params: dict, x: jax.Array, *, key: jax.Array | None = None, tiles: Tiles | None = None
+) -> jax.Array:
+    """`model.apply(params, x, method="encode", key=key)` with `tiled_moments`."""
+    return posterior(tiled_moments(model, params, x, tiles=tiles), key=key)
+
+
+def _tiled(fn, x, *, size, size_out, overlap):
+    """`fn` of tiles of `x [B, H, W, C]`, which makes sides of `size_out` of those of `size`, joined."""
+    height, width = x.shape[1:3]
+    if max(height, width) <= size:
+        return fn(x)
+    stride, extent = int(size * (1 - overlap)), int(size_out * overlap)
+    if stride < 1:
+        raise ValueError(f"tiles of {size} with an overlap of {overlap}: no tile moves on; take larger tiles")
+    rows, columns = (range(0, n, stride) for n in (height, width))
+    tiles = {(i, j): x[:, i : i + size, j : j + size] for i in rows for j in columns}
+    out = _by_shape(fn, tiles)
+    # A tile is blended into those that are blended already, above and then to the left of it.
+    for i in rows:
+        for j in columns:
+            if i:
+                out[i, j] = _blend(out[i - stride, j], out[i, j], extent, 1)
+            if j:
+                out[i, j] = _blend(out[i, j - stride], out[i, j], extent, 2)
+    keep = size_out - extent
+    kept = [jnp.concatenate([out[i, j][:, :keep, :keep] for j in columns], 2) for i in rows]
+    return jnp.concatenate(kept, 1)
+
+
+def _by_shape(fn, tiles):
+    """`fn` of each of some arrays, in one loop for those of one shape."""
+    groups: dict[tuple, list] = {}
+    for place, tile in tiles.items():
+        groups.setdefault(tile.shape, []).append(place)
+    out = {}
+    for places in groups.values():
+        done = jax.lax.map(fn, jnp.stack([tiles[place] for place in places]))
+        out |= dict(zip(places, done, strict=True))
+    return out
+
+
+def _blend(before, tile, extent, axis):
+    """`tile` with its first rows or columns mixed with the last of the tile `before` it; its weights rise from 0."""
+    extent = min(before.shape[axis], tile.shape[axis], extent)
+    if extent < 1:
+        return tile
+    shape = [1] * tile.ndim
+    shape[axis] = extent
+    weight = (jnp.arange(extent, dtype=tile.dtype) / extent).reshape(shape)
+    last = jax.lax.slice_in_dim(before, before.shape[axis] - extent, None, axis=axis)
+    first, rest = jnp.split(tile, [extent], axis)
+    return jnp.concatenate([last * (1 - weight) + first * weight, rest], axis)
