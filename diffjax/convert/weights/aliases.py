@@ -26,6 +26,14 @@ ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "CLIPVisionModelWithProjection": _CLIP,
     "PixArtTransformer2DModel": _PIXART,
 }
+# Projections of attention, which older files have as convolutions of single pixels, `[C, C, 1, 1]`.
+_PROJECTIONS = re.compile(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
+
+
+def without_pixels(kind: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Today's shape of a tensor of the class `kind` under today's name."""
+    old = ALIASES.get(kind) is _ATTENTION and _PROJECTIONS.search(name) and shape[2:] == (1, 1)
+    return shape[:2] if old else shape
 
 
 def modern(kind: str, name: str) -> str | None:

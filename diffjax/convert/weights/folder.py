@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.convert.weights.aliases import modern
+from diffjax.convert.weights.aliases import modern, without_pixels
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.layout import Place, layout, read, split
 from diffjax.convert.weights.tensors import Source, Tensor, read_header, write
@@ -267,7 +267,7 @@ def rename(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if today in out:
             raise WeightsError(f"{tensor.path}: two tensors are {today!r}, one of them {name!r}")
         if today is not None:
-            out[today] = tensor
+            out[today] = tensor._replace(shape=without_pixels(kind, today, tensor.shape))
     return out
 
 

@@ -3,8 +3,10 @@
 from diffjax.models.autoencoders.kl import autoencoder_kl, from_latents, kl_divergence, posterior, to_latents
 from diffjax.models.autoencoders.tiling import Tiles, sliced, tiled_decode, tiled_encode, tiled_moments, tiles_of
 from diffjax.models.autoencoders.tiny import autoencoder_tiny, from_bytes, to_bytes
+from diffjax.models.autoencoders.vq import Quantized, vq_model
 
 __all__ = [
+    "Quantized",
     "Tiles",
     "autoencoder_kl",
     "autoencoder_tiny",
@@ -19,4 +21,5 @@ __all__ = [
     "tiles_of",
     "to_bytes",
     "to_latents",
+    "vq_model",
 ]
