@@ -13,17 +13,19 @@ _ATTENTION = (
 )
 _CLIP = ((r"(^|\.)position_ids$", None),)
 _CLIP_TEXT = (*_CLIP, (r"^text_model\.", ""))
-_CLIP_VISION = (*_CLIP, (r"^vision_model\.", ""))
+_CLIP_VISION = (*_CLIP, (r"^(vision_model\.)+", ""))
+_CLIP_PROJECTED = (*_CLIP, (r"^(text|vision)_model\.\1_model\.", r"\1_model."))
 # The text of no prompt, which pipelines encode instead.
 _PIXART = ((r"^caption_projection\.y_embedding$", None),)
 ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "AutoencoderKL": _ATTENTION,
     "VQModel": _ATTENTION,
     "UNet2DModel": _ATTENTION,
+    "CLIPModel": _CLIP_PROJECTED,
     "CLIPTextModel": _CLIP_TEXT,
-    "CLIPTextModelWithProjection": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP_PROJECTED,
     "CLIPVisionModel": _CLIP_VISION,
-    "CLIPVisionModelWithProjection": _CLIP,
+    "CLIPVisionModelWithProjection": _CLIP_PROJECTED,
     "PixArtTransformer2DModel": _PIXART,
 }
 # Projections of attention, which older files have as convolutions of single pixels, `[C, C, 1, 1]`.

@@ -70,7 +70,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = generator(name).standard_normal(shape)
     if len(shape) > 1:
         return (noise / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
-    return ((1.0 if name.endswith("weight") else 0.0) + 0.05 * noise).astype(np.float32)
+    return np.asarray((1.0 if name.endswith("weight") else 0.0) + 0.05 * noise, np.float32)
 
 
 def families() -> dict[str, Any]:

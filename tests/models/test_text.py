@@ -1,0 +1,140 @@
+"""Text encoders: older names, tied weights, configs, sharding rules. `test_parity` compares what they compute."""
+
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffjax.convert import load, save
+from diffjax.models import NETWORKS, from_config
+from diffjax.models.text import clip_skip
+from diffjax.nn.functional import names_of
+from diffjax.train import paths
+
+SMALL = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+TEXT = dict(vocab_size=20, max_position_embeddings=6, projection_dim=4, **SMALL)
+VISION = dict(image_size=4, patch_size=2, projection_dim=4, **SMALL)
+CONFIGS = {
+    "CLIPTextModel": TEXT,
+    "CLIPTextModelWithProjection": TEXT,
+    "CLIPVisionModel": VISION,
+    "CLIPVisionModelWithProjection": VISION,
+    "CLIPModel": dict(text_config=TEXT, vision_config=VISION, projection_dim=4),
+}
+
+
+def network(kind, **settings):
+    return from_config({"architectures": [kind], **CONFIGS[kind], **settings})
+
+
+def drawn(model):
+    """Parameters without the time that their initial values take."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), shapes)
+
+
+def folder_with(kind, path, rename, **settings):
+    """A checkpoint whose tensors `rename(name, array) -> {name: array}` has renamed, and its parameters."""
+    model = network(kind, **settings)
+    params = drawn(model)
+    save(model, params, path)
+    path = path / "model.safetensors"
+    tensors = load_file(path).items()
+    save_file({k: v for name, array in tensors for k, v in rename(name, array).items()}, path)
+    return params
+
+
+def prefixed(prefix):
+    return lambda name, array: {prefix + name: array}
+
+
+def with_positions(prefix):
+    ids = np.arange(6)[None]
+    return lambda name, array: {prefix + name: array, f"{prefix}embeddings.position_ids": ids}
+
+
+OLDER = {
+    "text": ("CLIPTextModel", with_positions("text_model.")),
+    "vision": ("CLIPVisionModel", with_positions("vision_model.")),
+    "vision twice": ("CLIPVisionModel", prefixed("vision_model.vision_model.")),
+    "projected vision twice": (
+        "CLIPVisionModelWithProjection",
+        lambda name, array: {("vision_model." if name.startswith("vision_model.") else "") + name: array},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind, rename", OLDER.values(), ids=OLDER)
+def test_older_names_are_read(kind, rename, tmp_path):
+    params = folder_with(kind, tmp_path, rename)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path)[1], params)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_sharding_rules_cover_every_parameter_with_its_rank(kind):
+    model = network(kind)
+    leaves = names_of(jax.eval_shape(model.init, jax.random.key(0)))
+    found = paths.match(model.rules, leaves, "sharding")
+    for name, axes in found.items():
+        assert len(axes) in (0, leaves[name].ndim), name
+    matrices = [n for n in leaves if n.endswith(("/kernel", "/embedding"))]
+    assert all(any(found[n]) for n in matrices)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_class_is_registered_and_rejects_what_it_does_not_know(kind):
+    assert kind in NETWORKS
+    with pytest.raises(ValueError, match="unknown setting 'hiden_size'"):
+        network(kind, hiden_size=8)
+
+
+REFUSED = [
+    ("CLIPTextModel", dict(hidden_act="gelu_10"), "hidden_act='gelu_10' is not supported"),
+    ("CLIPTextModel", dict(num_attention_heads=3), "hidden_size=8 is no multiple of num_attention_heads=3"),
+    ("CLIPTextModel", dict(quantization_config={"bits": 4}), "quantization_config"),
+    ("CLIPTextModel", dict(eos_token_id=[1, 2]), "expected one token"),
+    ("CLIPVisionModel", dict(image_size=[4, 4]), "supported: one integer"),
+    ("CLIPVisionModel", dict(pruned_heads={"0": [1]}), "pruned_heads"),
+]
+
+
+@pytest.mark.parametrize("kind, settings, message", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(kind, settings, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        network(kind, **settings)
+
+
+def test_config_of_an_older_file_is_read():
+    older = dict(
+        torch_dtype="float32", gradient_checkpointing=False, attention_dropout=0.1, dropout=0.0, initializer_factor=1.0,
+        _attn_implementation_autoset=True, transformers_version="4.22.0.dev0", pruned_heads={}, is_decoder=False,
+        add_cross_attention=False, model_type="clip_text_model", bos_token_id=0, pad_token_id=1, top_k=50,
+    )  # fmt: skip
+    assert network("CLIPTextModel", **older).config["torch_dtype"] == "float32"
+
+
+def test_older_config_of_both_towers_has_its_defaults_where_it_is_silent():
+    """As transformers reads the `_dict`s: what they leave out is the default, whatever the other key says."""
+    model = network("CLIPModel", text_config={**TEXT, "hidden_size": 16}, text_config_dict={**TEXT})
+    shapes = names_of(jax.eval_shape(model.init, jax.random.key(0)))
+    assert shapes["text_projection/kernel"].shape == (8, 4)
+
+
+def test_clip_skip_is_an_earlier_layer():
+    model = network("CLIPTextModel", eos_token_id=19)
+    params = drawn(model)
+    ids = np.array([[1, 5, 19, 0, 0, 0], [1, 2, 3, 4, 19, 19]])
+    out = model.apply(params, ids)
+    np.testing.assert_array_equal(clip_skip(out, 1), out.hidden[-2])
+    np.testing.assert_array_equal(out.pooled, np.stack([out.last[0, 2], out.last[1, 4]]))
+    skipped = model.apply(params, ids, skip=1)
+    np.testing.assert_array_equal(skipped.pooled, out.pooled)
+    assert np.abs(skipped.last - out.last).max() > 1e-2
+    with pytest.raises(ValueError, match="skip=3"):
+        clip_skip(out, 3)
+    with pytest.raises(ValueError, match="7 tokens are more than the 6 positions"):
+        model.apply(params, np.zeros((1, 7), np.int32))
+    with pytest.raises(ValueError, match="ids are float32"):
+        model.apply(params, np.zeros((1, 6), np.float32))
