@@ -43,18 +43,25 @@ def tensors_in(inputs):
     return {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
 
 
+def state_of(module) -> dict:
+    """The tensors of a module, each once: those that share one have it under the name that the file has."""
+    state, tied = module.state_dict(), getattr(module, "_tied_weights_keys", None)
+    tied = tied if isinstance(tied, dict) else {}
+    return {k: v for k, v in state.items() if k not in tied or v.data_ptr() != state[tied[k]].data_ptr()}
+
+
 def record(name: str, case: networks.Case, family, out: Path) -> None:
     """One committed case."""
     import torch
 
     module = build(case)
-    state = module.state_dict()
+    state = state_of(module)
     drawn = {
         key: torch.from_numpy(networks.weight(key, tuple(value.shape)))
         for key, value in state.items()
         if value.is_floating_point()
     }
-    module.load_state_dict({**state, **drawn})
+    module.load_state_dict({**state, **drawn}, strict=len(state) == len(module.state_dict()))
     inputs = networks.inputs_of(name, case)
     with torch.no_grad():
         outputs = family.theirs(module, tensors_in(inputs))

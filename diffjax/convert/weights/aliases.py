@@ -17,16 +17,38 @@ _CLIP_VISION = (*_CLIP, (r"^(vision_model\.)+", ""))
 _CLIP_PROJECTED = (*_CLIP, (r"^(text|vision)_model\.\1_model\.", r"\1_model."))
 # The text of no prompt, which pipelines encode instead.
 _PIXART = ((r"^caption_projection\.y_embedding$", None),)
+# TensorFlow's names, and heads that the classes here do not have.
+_BERT = (*_CLIP, (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
+# The causal mask; and names of the network without its head.
+_GPT2 = ((r"\.attn\.(masked_)?bias$", None),)
+_T5 = ((r"^(decoder\.|lm_head\.)", None),)
 ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "AutoencoderKL": _ATTENTION,
     "VQModel": _ATTENTION,
     "UNet2DModel": _ATTENTION,
+    "BertForMaskedLM": (*_BERT, (r"^(bert\.pooler|cls\.seq_relationship)\.", None)),
+    "BertModel": (*_BERT, (r"^cls\.", None), (r"^bert\.", "")),
     "CLIPModel": _CLIP_PROJECTED,
     "CLIPTextModel": _CLIP_TEXT,
     "CLIPTextModelWithProjection": _CLIP_PROJECTED,
     "CLIPVisionModel": _CLIP_VISION,
     "CLIPVisionModelWithProjection": _CLIP_PROJECTED,
     "PixArtTransformer2DModel": _PIXART,
+    "GPT2LMHeadModel": (*_GPT2, (r"^(?!transformer\.|lm_head\.)", "transformer.")),
+    "GPT2Model": (*_GPT2, (r"^lm_head\.", None), (r"^transformer\.", "")),
+    "T5EncoderModel": _T5,
+    "UMT5EncoderModel": _T5,
+}
+# By class: pairs of names that stand for one tensor where the network has one parameter for both, the other name first.
+_SHARED = (("encoder.embed_tokens.weight", "shared.weight"),)
+TIED: dict[str, tuple[tuple[str, str], ...]] = {
+    "BertForMaskedLM": (
+        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ),
+    "GPT2LMHeadModel": (("lm_head.weight", "transformer.wte.weight"),),
+    "T5EncoderModel": _SHARED,
+    "UMT5EncoderModel": _SHARED,
 }
 # Projections of attention, which older files have as convolutions of single pixels, `[C, C, 1, 1]`.
 _PROJECTIONS = re.compile(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.convert.weights.aliases import modern, without_pixels
+from diffjax.convert.weights.aliases import TIED, modern, without_pixels
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.layout import Place, layout, read, split
 from diffjax.convert.weights.tensors import Source, Tensor, read_header, write
@@ -72,8 +72,9 @@ def load(
     files = find(path, variant)
     model = from_config(config, **how)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    tensors = rename(kind_of(config), files)
     places = layout(names_of(shapes))
+    wanted = {key for place in places.values() for key in place.keys}
+    tensors = untie(kind_of(config), rename(kind_of(config), files), wanted)
     difference = compare(places, tensors)
     if any(difference):
         raise WeightsError(f"{path}: not the parameters of its {kind_of(config)}: {difference}")
@@ -269,6 +270,27 @@ def rename(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if today is not None:
             out[today] = tensor._replace(shape=without_pixels(kind, today, tensor.shape))
     return out
+
+
+def untie(kind: str, tensors: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The tensors without second names of those that a network of class `kind` has once; `wanted` are its own names.
+
+    Raises:
+      WeightsError: if both names are there and their bytes differ.
+    """
+    out = dict(tensors)
+    for other, name in TIED.get(kind, ()):
+        if other in out and other not in wanted:
+            tensor = out.pop(other)
+            if name in out and not _same(tensor, out[name]):
+                raise WeightsError(f"{tensor.path}: {other!r} and {name!r} differ, and are one parameter of a {kind}")
+            out.setdefault(name, tensor)
+    return out
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    bits = lambda tensor: tensor.open().reshape(-1).view(np.uint8)
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(bits(a), bits(b))
 
 
 def compare(places: Mapping[str, Place], tensors: Mapping[str, Tensor]) -> Report:

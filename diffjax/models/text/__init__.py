@@ -1,5 +1,6 @@
 """Encoders of text, and CLIP's of images: one file for each family of checkpoints."""
 
+from diffjax.models.text.bert import BertOutput, bert, bert_for_masked_lm
 from diffjax.models.text.clip import (
     PairOutput,
     TextOutput,
@@ -11,17 +12,27 @@ from diffjax.models.text.clip import (
     clip_vision,
     clip_vision_with_projection,
 )
+from diffjax.models.text.gpt2 import GPT2Output, gpt2, gpt2_lm
 from diffjax.models.text.shared import GENERIC
+from diffjax.models.text.t5 import t5_encoder, umt5_encoder
 
 __all__ = [
     "GENERIC",
+    "BertOutput",
+    "GPT2Output",
     "PairOutput",
     "TextOutput",
     "VisionOutput",
+    "bert",
+    "bert_for_masked_lm",
     "clip",
     "clip_skip",
     "clip_text",
     "clip_text_with_projection",
     "clip_vision",
     "clip_vision_with_projection",
+    "gpt2",
+    "gpt2_lm",
+    "t5_encoder",
+    "umt5_encoder",
 ]

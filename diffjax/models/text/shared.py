@@ -35,6 +35,8 @@ GENERIC = frozenset(
     # Decoders of encoder-decoders, and whether embeddings are tied, where a family does not look.
     "is_encoder_decoder tie_encoder_decoder tie_word_embeddings cross_attention_hidden_size num_decoder_layers "
     "scale_decoder_outputs "
+    # Relics in published files.
+    "n_positions n_ctx predict_special_tokens scalable_attention "
     # How text is sampled.
     "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
     "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
@@ -111,3 +113,10 @@ def mix(
 def all_hidden(first: jax.Array, outs: jax.Array | None) -> jax.Array:
     """The input of the first layer and the outputs of all, `[layers + 1, B, L, D]`."""
     return first[None] if outs is None else jnp.concatenate([first[None], outs])
+
+
+def logits(h: jax.Array, table: jax.Array, compute: Compute) -> jax.Array:
+    """The products of `h [B, L, D]` with the rows of a table `[count, D]`: `[B, L, count]`, float32 at least."""
+    wide = jnp.promote_types(compute.dtype, jnp.float32)
+    h, table = h.astype(compute.dtype), tap("table", table).astype(compute.dtype)
+    return jnp.einsum("bld,vd->blv", h, table, preferred_element_type=wide)
