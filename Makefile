@@ -40,7 +40,7 @@ bench: setup  ## timings on this machine, written to benchmarks/results
 $(ORACLE)/.ready:
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/pip install --quiet torch==2.13.0  # the CPU build of your platform is enough: set PIP_INDEX_URL to choose it
-	$(ORACLE)/bin/pip install --quiet diffusers==0.42.1 transformers==5.23.0 safetensors accelerate peft scipy sentencepiece torchsde
+	$(ORACLE)/bin/pip install --quiet diffusers==0.42.1 transformers==5.23.0 safetensors accelerate peft protobuf scipy sentencepiece torchsde
 	$(ORACLE)/bin/pip install --quiet --no-deps k-diffusion einops dctorch torchdiffeq
 	@touch $@
 
@@ -50,6 +50,7 @@ golden: oracle  ## the files of diffusers' runs that the tests read
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out tests/parity/golden
 	$(ORACLE)/bin/python tests/parity/optimizers.py --out tests/parity/golden
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out tests/parity/golden/networks
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/tokens.py --out tests/parity/golden/tokenizers
 
 parity: setup oracle  ## compare COUNT random configurations of each scheduler and network, drawn from SEED, with PyTorch
 	rm -rf $(PARITY)/schedulers $(PARITY)/networks

@@ -5,9 +5,11 @@ from diffjax.data.facts import facts_of, without_items
 from diffjax.data.latents import latents
 from diffjax.data.mixture import mix, mixture
 from diffjax.data.pipeline import AUGMENTS, BatchIterator, batches
+from diffjax.data.prompts import parse_prompt, prompt_chunks, weigh_states
 from diffjax.data.readers import array_record, folder, tar, tfds
 from diffjax.data.sources import ArraySource, Dataset, Pixels, arrays, digits, npz
 from diffjax.data.synthetic import synthetic
+from diffjax.data.tokenizers import Tokenizer, Tokens, load_tokenizer
 
 SOURCES = {
     "array_record": array_record,
@@ -28,6 +30,8 @@ __all__ = [
     "BatchIterator",
     "Dataset",
     "Pixels",
+    "Tokenizer",
+    "Tokens",
     "Unreadable",
     "UnreadableError",
     "WorkerError",
@@ -38,11 +42,15 @@ __all__ = [
     "facts_of",
     "folder",
     "latents",
+    "load_tokenizer",
     "mix",
     "mixture",
     "npz",
+    "parse_prompt",
+    "prompt_chunks",
     "synthetic",
     "tar",
     "tfds",
+    "weigh_states",
     "without_items",
 ]

@@ -1,0 +1,335 @@
+"""Texts as integers: the tokenizers of published checkpoints, read from their folders.
+
+They are run by the packages `tokenizers` and `sentencepiece` (`pip install 'diffjax[text]'`); neither PyTorch nor
+transformers is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffjax.data.errors import require
+from diffjax.registry import nearest
+
+PADS = ("max", "longest", None)
+# What transformers writes for a tokenizer without a longest text.
+ENDLESS = 10**9
+FILES = ("tokenizer.json", "spiece.model", "vocab.json", "vocab.txt")
+# Of the vocabularies whose files do not name them.
+_END = "<|endoftext|>"
+DEFAULTS = {
+    "clip": dict(unk_token=_END, bos_token="<|startoftext|>", eos_token=_END, pad_token=_END),
+    "gpt2": dict(unk_token=_END, bos_token=_END, eos_token=_END),
+    "bert": dict(
+        unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]"
+    ),
+    "t5": dict(unk_token="<unk>", eos_token="</s>", pad_token="<pad>"),
+}
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# The words of CLIP: what the text is split into before pairs are merged.
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokens(NamedTuple):
+    """Texts as integers.
+
+    Attributes:
+      ids: `[B, L] int32`.
+      mask: `[B, L] int32`, 1 for tokens of the text and those that begin and end it, 0 for padding.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer; see `load_tokenizer`.
+
+    Attributes:
+      encode: `(texts) -> lists of ids`, without the tokens that begin and end a text.
+      decode: `(ids, skip_special=True) -> text`, of one text.
+      prefix, suffix: the tokens that begin and end a text.
+      bos, eos, pad, unk: single tokens, None where there is none. BERT's first and last are `bos` and `eos`.
+      size: the number of ids.
+      max_length: of a text, with the tokens around it; None if the files do not say.
+      pad_left, cut_left: whether padding is put, and texts are cut, in front.
+    """
+
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    decode: Callable[..., str]
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    unk: int | None
+    size: int
+    max_length: int | None
+    pad_left: bool = False
+    cut_left: bool = False
+
+    def __call__(
+        self, texts: str | Sequence[str], length: int | None = None, pad: str | None = "max", truncate: bool = True
+    ) -> Tokens:
+        """The tokens of texts.
+
+        Args:
+          texts: one, or many.
+          length: of the longest; None for `max_length`.
+          pad: "max" fills all up to `length`, "longest" to the longest of them; None for texts of one length.
+          truncate: cut what is longer than `length`, but not the tokens around it; otherwise that is an error.
+
+        Raises:
+          ValueError: for a length that is not known or leaves no room, texts that are too long or, without padding, of
+            several lengths, or padding without a token for it.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        length = self.max_length if length is None else length
+        around = len(self.prefix) + len(self.suffix)
+        if pad not in PADS:
+            raise ValueError(f"pad is {pad!r}; known: {', '.join(map(repr, PADS))}{nearest(str(pad), PADS[:2])}")
+        if pad == "max" and length is None:
+            raise ValueError("this tokenizer has no longest text: give length=, or pad='longest'")
+        if length is not None and length < max(around, 1):
+            raise ValueError(f"length={length} leaves no room for a text: {around} tokens are put around it")
+        rows = [self._whole(ids, length, around, truncate) for ids in self.encode(texts)]
+        longest = max(map(len, rows), default=0)
+        width = length if pad == "max" else longest
+        if pad is None and any(len(row) < longest for row in rows):
+            raise ValueError(f"texts of {sorted({len(row) for row in rows})} tokens need pad='max' or pad='longest'")
+        if self.pad is None and any(len(row) < width for row in rows):
+            raise ValueError("this tokenizer has no token for padding: give texts of one length, with pad=None")
+        ids, mask = np.full((len(rows), width), self.pad or 0, np.int32), np.zeros((len(rows), width), np.int32)
+        for i, row in enumerate(rows):
+            where = slice(width - len(row), width) if self.pad_left else slice(0, len(row))
+            ids[i, where], mask[i, where] = row, 1
+        return Tokens(ids, mask)
+
+    def _whole(self, ids, length, around, truncate):
+        if length is not None and len(ids) + around > length:
+            if not truncate:
+                raise ValueError(f"a text of {len(ids) + around} tokens is longer than {length}; truncate=True cuts it")
+            room = length - around
+            ids = ids[len(ids) - room :] if self.cut_left else ids[:room]
+        return [*self.prefix, *ids, *self.suffix]
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a folder, such as `stable-diffusion/tokenizer`.
+
+    It is read from the first of these files that is there: `tokenizer.json`; `spiece.model` (T5); `vocab.json` and
+    `merges.txt` (CLIP if words end in `</w>`, else GPT-2); `vocab.txt` (BERT). Special tokens and the longest text come
+    from `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`, where these are.
+
+    Raises:
+      ValueError: for files that are damaged or do not fit together.
+      FileNotFoundError: for a folder without a tokenizer.
+      ModuleNotFoundError: if the package that reads the file is not installed.
+    """
+    folder = Path(folder)
+    found = [name for name in FILES if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder}: no tokenizer; looked for {', '.join(FILES)}")
+    config, named, added = (
+        _json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    # With its table of added tokens the config is the newer of the two files.
+    config = {**named, **config} if "added_tokens_decoder" in config else {**config, **named}
+    if found[0] == "spiece.model":
+        return _sentencepiece(folder / found[0], config)
+    package = require("tokenizers", "tokenizers", "text")
+    reader = {"tokenizer.json": _whole_file, "vocab.json": _pairs, "vocab.txt": _wordpiece}[found[0]]
+    try:
+        tokenizer, kind = reader(package, folder, config)
+        names = {name: _content(config[name]) for name in NAMES if config.get(name) is not None}
+        names = {name: token for name, token in DEFAULTS.get(kind, {}).items() if name not in config} | names
+        _add_tokens(package, folder, tokenizer, names, config, added)
+        if kind is not None:
+            _surround(package, tokenizer, names, config, kind)
+        return _of_package(tokenizer, names, config)
+    except ValueError:
+        raise
+    except Exception as error:  # the package raises nothing more special
+        raise ValueError(f"{folder / found[0]}: no tokenizer: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _whole_file(package, folder, config):
+    tokenizer = package.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, None
+
+
+def _pairs(package, folder, config):
+    """CLIP or GPT-2 (byte pair encoding: Sennrich et al. 2016, arXiv:1508.07909)."""
+    if not (folder / "merges.txt").is_file():
+        raise ValueError(f"{folder}: vocab.json without the merges.txt that belongs to it")
+    vocab, lines = _json(folder / "vocab.json"), (folder / "merges.txt").read_text("utf-8").split("\n")
+    # CLIP's own file has a version in its first line; a pair may begin with # as well, and has two parts.
+    lines = lines[1:] if lines[0].startswith("#version") else lines
+    merges = [tuple(line.split()) for line in lines if line.strip()]
+    if not all(len(pair) == 2 for pair in merges):
+        raise ValueError(f"{folder / 'merges.txt'}: expected two parts in each line")
+    clip = any(token.endswith("</w>") for token in vocab)
+    decoders, normal, split = package.decoders, package.normalizers, package.pre_tokenizers
+    bytewise = dict(add_prefix_space=not clip and bool(config.get("add_prefix_space", False)))
+    if not clip:
+        tokenizer = package.Tokenizer(package.models.BPE(vocab=vocab, merges=merges))
+        tokenizer.pre_tokenizer, tokenizer.decoder = split.ByteLevel(**bytewise), decoders.ByteLevel()
+        return tokenizer, "gpt2"
+    unknown = _content(config.get("unk_token")) or _END
+    suffix = dict(end_of_word_suffix="</w>", unk_token=unknown)
+    tokenizer = package.Tokenizer(package.models.BPE(vocab=vocab, merges=merges, **suffix))
+    tokenizer.normalizer = normal.Sequence(
+        [normal.NFC(), normal.Replace(package.Regex(r"\s+"), " "), normal.Lowercase()]
+    )
+    words = split.Split(package.Regex(CLIP_WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = split.Sequence([words, split.ByteLevel(**bytewise)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, "clip"
+
+
+def _wordpiece(package, folder, config):
+    """BERT (WordPiece: Wu et al. 2016, arXiv:1609.08144)."""
+    lines = (folder / "vocab.txt").read_bytes().decode("utf-8").split("\n")
+    lines = lines[:-1] if not lines[-1] else lines
+    vocab = {line.rstrip("\r"): i for i, line in enumerate(lines)}
+    unknown = _content(config.get("unk_token")) or "[UNK]"
+    tokenizer = package.Tokenizer(package.models.WordPiece(vocab, unk_token=unknown))
+    tokenizer.normalizer = package.normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"), lowercase=config.get("do_lower_case", True),
+    )  # fmt: skip
+    tokenizer.pre_tokenizer = package.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = package.decoders.WordPiece(prefix="##")
+    return tokenizer, "bert"
+
+
+def _add_tokens(package, folder, tokenizer, names, config, added):
+    """Makes the special tokens ones that are found in a text before it is split."""
+    tokens = {}
+    for name in names.values():
+        tokens.setdefault(name, dict(special=True))
+    for name in config.get("additional_special_tokens") or config.get("extra_special_tokens") or ():
+        tokens.setdefault(_content(name), dict(special=True))
+    tokens |= {name: dict(special=False, normalized=True) for name in added if name not in tokens}
+    ids = dict(added)
+    for number, entry in (config.get("added_tokens_decoder") or {}).items():
+        ids[entry["content"]] = int(number)
+        tokens[entry["content"]] = {k: v for k, v in entry.items() if k not in ("content", "__type")}
+    # Those that are not in the vocabulary have their ids by the order in which they are added.
+    for name in sorted(tokens, key=lambda name: ids.get(name, -1)):
+        tokenizer.add_tokens([package.AddedToken(name, **tokens[name])])
+        if name in ids and tokenizer.token_to_id(name) != ids[name]:
+            held = tokenizer.token_to_id(name)
+            raise ValueError(f"{folder}: token {name!r} has the id {ids[name]} in one file, and {held} in the others")
+
+
+def _surround(package, tokenizer, names, config, kind):
+    """Sets the tokens that begin and end a text."""
+    first, last = names.get("bos_token"), names.get("eos_token")
+    if kind == "bert":
+        first, last = names.get("cls_token"), names.get("sep_token")
+    elif kind == "gpt2":
+        first, last = first if config.get("add_bos_token") else None, last if config.get("add_eos_token") else None
+    around = [token for token in (first, last) if token is not None]
+    special = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(around)]
+    single = [*([first] if first is not None else []), "$A", *([last] if last is not None else [])]
+    if special:
+        tokenizer.post_processor = package.processors.TemplateProcessing(single=single, special_tokens=special)
+
+
+def _of_package(tokenizer, names, config):
+    # What is put around a text is what comes with one and is none of its own.
+    probe = tokenizer.encode("a")
+    own = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
+    first, last = (own[0], own[-1] + 1) if own else (len(probe.ids), len(probe.ids))
+    ending = getattr(tokenizer.model, "end_of_word_suffix", None)
+
+    def encode(texts):
+        return [found.ids for found in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(ids, skip_special=True):
+        text = tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return text.replace(ending, " ").strip() if ending else text
+
+    ids = {name: tokenizer.token_to_id(token) for name, token in names.items()}
+    prefix, suffix = tuple(probe.ids[:first]), tuple(probe.ids[last:])
+    return _tokenizer(encode, decode, prefix, suffix, ids, tokenizer.get_vocab_size(), config)
+
+
+def _tokenizer(encode, decode, prefix, suffix, ids, size, config):
+    longest = config.get("model_max_length")
+    return Tokenizer(
+        encode, decode, prefix, suffix,
+        bos=ids.get("bos_token", ids.get("cls_token")),
+        eos=ids.get("eos_token", ids.get("sep_token")),
+        pad=ids.get("pad_token"),
+        unk=ids.get("unk_token"),
+        size=size,
+        max_length=int(longest) if longest is not None and longest < ENDLESS else None,
+        pad_left=config.get("padding_side") == "left",
+        cut_left=config.get("truncation_side") == "left",
+    )  # fmt: skip
+
+
+def _sentencepiece(path, config):
+    """T5 (unigrams: Kudo 2018, arXiv:1804.10959), whose sentinels `<extra_id_0>`, ... have the last ids, backwards."""
+    package = require("sentencepiece", "sentencepiece", "text")
+    try:
+        model = package.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: no model of sentencepiece: {str(error)[:200]}") from error
+    names = DEFAULTS["t5"] | {name: _content(config[name]) for name in NAMES if config.get(name) is not None}
+    more = [_content(token) for token in config.get("additional_special_tokens") or ()]
+    count = sum(token.startswith("<extra_id_") for token in more) or int(config.get("extra_ids", 100))
+    sentinels = [f"<extra_id_{i}>" for i in range(count)]
+    ids = {model.id_to_piece(i): i for i in range(len(model))}
+    for token in (*reversed(sentinels), *names.values(), *more):
+        ids.setdefault(token, len(ids))
+    special = {token: ids[token] for token in (*names.values(), *sentinels, *more)}
+    tokens = {i: token for token, i in special.items()}
+    # Special tokens in a text are themselves, the longest first where several fit.
+    regex = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+
+    def encode(texts):
+        parts = [[part for part in regex.split(text) if part] for text in texts]
+        return [[i for p in row for i in ([special[p]] if p in special else model.encode(p))] for row in parts]
+
+    def decode(ids, skip_special=True):
+        parts: list[Any] = []
+        for i in map(int, ids):
+            if i in tokens:
+                parts += [] if skip_special else [tokens[i]]
+            elif parts and isinstance(parts[-1], list):
+                parts[-1].append(i)
+            else:
+                parts.append([i])
+        return " ".join(part if isinstance(part, str) else model.decode(part) for part in parts)
+
+    named = {name: ids[token] for name, token in names.items()}
+    return _tokenizer(encode, decode, (), (named["eos_token"],), named, len(ids), config)
+
+
+def _content(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON: {str(error)[:120]}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,132 @@
+"""Tokenizers against what transformers makes of the same texts with the same files (`tests/parity/tokens.py`)."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffjax.data import load_tokenizer
+
+GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "tokenizers"
+FACTS = json.loads((GOLDEN / "golden.json").read_text())
+TEXTS, RUNS = FACTS["texts"], FACTS["runs"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ids_are_those_of_transformers(name):
+    run, tokenizer = RUNS[name], load_tokenizer(GOLDEN / name)
+    whole = [[*tokenizer.prefix, *ids, *tokenizer.suffix] for ids in tokenizer.encode(TEXTS)]
+    assert whole == run["whole"]
+    # sentencepiece puts no space where an unknown first character was.
+    assert [tokenizer.decode(ids).strip() for ids in whole] == [text.strip() for text in run["decoded"]]
+    ids = run["ids"]
+    assert (tokenizer.pad, tokenizer.unk, tokenizer.size) == (ids["pad"], ids["unk"], run["size"])
+    assert tokenizer.bos == (ids["bos"] if ids["cls"] is None else ids["cls"])
+    assert tokenizer.eos == (ids["eos"] if ids["sep"] is None else ids["sep"])
+    assert tokenizer.max_length == 16
+
+
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if "longest" in run])
+def test_cut_and_padded_ids_and_masks_are_those_of_transformers(name):
+    tokenizer = load_tokenizer(GOLDEN / name)
+    for pad, key in (("max", "max_length"), ("longest", "longest")):
+        found = tokenizer(TEXTS, pad=pad)
+        assert found.ids.dtype == found.mask.dtype == np.int32
+        np.testing.assert_array_equal(found.ids, RUNS[name][key][0])
+        np.testing.assert_array_equal(found.mask, RUNS[name][key][1])
+
+
+def test_one_text_is_a_batch_of_one():
+    tokenizer = load_tokenizer(GOLDEN / "clip")
+    assert tokenizer("a horse").ids.shape == (1, 16) and tokenizer([], pad="longest").ids.shape == (0, 0)
+    np.testing.assert_array_equal(tokenizer("a horse", length=9).ids, tokenizer(["a horse"]).ids[:, :9])
+    assert tokenizer("", pad=None).ids.tolist() == [[tokenizer.bos, tokenizer.eos]]
+
+
+def test_special_tokens_are_kept_when_asked_for():
+    for name in ("clip", "t5"):
+        tokenizer = load_tokenizer(GOLDEN / name)
+        ids = tokenizer("a horse", pad="longest").ids[0]
+        assert tokenizer.decode(ids) == "a horse"
+        end = {"clip": "<|endoftext|>", "t5": "</s>"}[name]
+        assert tokenizer.decode(ids, skip_special=False).endswith(end)
+
+
+def test_padding_and_cutting_in_front(tmp_path):
+    folder = shutil.copytree(GOLDEN / "bert", tmp_path / "bert")
+    (folder / "tokenizer_config.json").write_text('{"padding_side": "left", "truncation_side": "left"}')
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.max_length is None
+    found = tokenizer(["a", "a b c d e f"], length=6, pad="max")
+    assert found.mask.tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6]
+    assert tokenizer.decode(found.ids[1]) == "c d e f"
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("gpt2", dict(), "no token for padding"),
+        ("clip", dict(pad=None), "need pad='max' or pad='longest'"),
+        ("clip", dict(truncate=False), "is longer than 16; truncate=True"),
+        ("clip", dict(length=1), "no room for a text: 2 tokens"),
+        ("clip", dict(pad="maxx"), "pad is 'maxx'; known: 'max', 'longest', None; did you mean 'max'"),
+    ],
+)
+def test_what_cannot_be_is_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        load_tokenizer(GOLDEN / name)(["a", TEXTS[6]], **settings)
+
+
+def test_texts_without_an_end_need_a_length(tmp_path):
+    shutil.copy(GOLDEN / "bert" / "vocab.txt", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="give length="):
+        tokenizer("a")
+    assert tokenizer("a", pad="longest").ids.shape == (1, 3)
+
+
+BROKEN = {
+    "no merges": ("clip", {"merges.txt": None}, "without the merges.txt"),
+    "merges of one": ("clip", {"merges.txt": "a\n"}, "two parts in each line"),
+    "no JSON": ("clip", {"vocab.json": "{"}, "vocab.json: no JSON"),
+    "no object": ("clip", {"tokenizer_config.json": "[]"}, "expected a JSON object, got list"),
+    "no numbers": ("clip", {"vocab.json": '{"a</w>": "b"}'}, "vocab.json: no tokenizer"),
+    "no whole file": ("bert-json", {"tokenizer.json": "{}"}, "tokenizer.json: no tokenizer"),
+    "no model": ("t5", {"spiece.model": "nothing"}, "spiece.model: no model of sentencepiece"),
+    "two ids": ("bert", {"added_tokens.json": '{"<new>": 7}'}, "token '<new>' has the id 7 in one file, and 260"),
+    "no content": ("bert", {"tokenizer_config.json": '{"added_tokens_decoder": {"0": {}}}'}, "no tokenizer: KeyError"),
+}
+
+
+@pytest.mark.parametrize("name, files, message", BROKEN.values(), ids=BROKEN)
+def test_broken_files_are_named(name, files, message, tmp_path):
+    folder = shutil.copytree(GOLDEN / name, tmp_path / name)
+    for file, text in files.items():
+        (folder / file).unlink(missing_ok=True)
+        if text is not None:
+            (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(folder)
+
+
+def test_tokens_that_were_added_have_the_ids_of_their_file(tmp_path):
+    folder = shutil.copytree(GOLDEN / "bert", tmp_path / "bert")
+    (folder / "added_tokens.json").write_text('{"<second>": 261, "<first>": 260}')
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode(["a<second> <first>"])[0][1:] == [261, 260] and tokenizer.size == 262
+
+
+def test_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="looked for tokenizer.json, spiece.model, vocab.json, vocab.txt"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name, package", [("clip", "tokenizers"), ("t5", "sentencepiece")])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {package}.*pip install 'diffjax\[text\]'"):
+        load_tokenizer(GOLDEN / name)
