@@ -19,11 +19,32 @@ from diffjax.registry import lookup, nearest
 MODELS = {"mlp": mlp, "unet": unet, "dit": dit}
 # Where the function `(config, **how) -> Model` of a class is; it is imported when it is asked for.
 NETWORKS = {
+    "AutoencoderKL": "diffjax.models.autoencoders.kl:autoencoder_kl",
+    "AutoencoderTiny": "diffjax.models.autoencoders.tiny:autoencoder_tiny",
+    "BertForMaskedLM": "diffjax.models.text.bert:bert_for_masked_lm",
+    "BertModel": "diffjax.models.text.bert:bert",
+    "CLIPModel": "diffjax.models.text.clip:clip",
+    "CLIPTextModel": "diffjax.models.text.clip:clip_text",
+    "CLIPTextModelWithProjection": "diffjax.models.text.clip:clip_text_with_projection",
+    "CLIPVisionModel": "diffjax.models.text.clip:clip_vision",
+    "CLIPVisionModelWithProjection": "diffjax.models.text.clip:clip_vision_with_projection",
     "ControlNetModel": "diffjax.adapters.controlnet:controlnet",
     "DiTTransformer2DModel": "diffjax.models.transformers.dit:dit_transformer",
+    "FluxControlNetModel": "diffjax.adapters.controlnet_flux:flux_controlnet",
+    "FluxTransformer2DModel": "diffjax.models.transformers.flux:flux_transformer",
+    "GPT2LMHeadModel": "diffjax.models.text.gpt2:gpt2_lm",
+    "GPT2Model": "diffjax.models.text.gpt2:gpt2",
+    "PixArtTransformer2DModel": "diffjax.models.transformers.pixart:pixart_transformer",
+    "PriorTransformer": "diffjax.models.transformers.prior:prior_transformer",
+    "SD3ControlNetModel": "diffjax.adapters.controlnet_sd3:sd3_controlnet",
+    "SD3Transformer2DModel": "diffjax.models.transformers.mmdit:sd3_transformer",
     "T2IAdapter": "diffjax.adapters.t2i_adapter:t2i_adapter",
+    "T5EncoderModel": "diffjax.models.text.t5:t5_encoder",
+    "UMT5EncoderModel": "diffjax.models.text.t5:umt5_encoder",
     "UNet2DConditionModel": "diffjax.models.unets.unet_cond:unet_condition",
     "UNet2DModel": "diffjax.models.unets.unet_2d:unet_2d",
+    "UVit2DModel": "diffjax.models.transformers.uvit:uvit_2d",
+    "VQModel": "diffjax.models.autoencoders.vq:vq_model",
 }
 
 __all__ = ["MODELS", "NETWORKS", "PRESETS", "dit", "from_config", "kind_of", "mlp", "preset", "unet"]
