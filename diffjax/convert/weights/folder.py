@@ -1,10 +1,10 @@
-"""Networks in folders: `config.json`, and safetensors files beside it, one or many with an index."""
+"""Networks in folders: `config.json`, and safetensors files beside it, one or many with an index; read here."""
 
 from __future__ import annotations
 
-import json
+import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,17 +14,16 @@ import numpy as np
 
 from diffjax.convert.weights.aliases import TIED, modern, without_pixels
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.layout import Place, layout, read, split
-from diffjax.convert.weights.tensors import Source, Tensor, read_header, write
+from diffjax.convert.weights.layout import Place, layout, read
+from diffjax.convert.weights.names import STEMS, index_of, weights_of
+from diffjax.convert.weights.strict import parse, shown
+from diffjax.convert.weights.tensors import Tensor, read_header
 from diffjax.core.types import Model
-from diffjax.files import write_text
 from diffjax.models import from_config, kind_of
 from diffjax.nn.functional import names_of
 
-STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-SHARD_BYTES = 10 * 10**9
-LONGEST_JSON = 100_000_000
+LONGEST_JSON = 20_000_000
 
 
 class Report(NamedTuple):
@@ -34,16 +33,22 @@ class Report(NamedTuple):
       missing: tensors of parameters that the file lacks.
       unexpected: tensors that are of no parameter.
       misshapen: `(name, shape in the file, shape of the network)`.
+      mistyped: `(name, type in the file, type of the network)`, where one is of floating point and the other is not.
     """
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    mistyped: tuple[tuple[str, str, str], ...] = ()
 
     def __str__(self) -> str:
-        wrong = [f"{name} {list(given)} instead of {list(wanted)}" for name, given, wanted in self.misshapen]
-        rows = ("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", wrong)
-        return "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in rows if names) or "no difference"
+        shapes = [f"{name} {list(given)} instead of {list(wanted)}" for name, given, wanted in self.misshapen]
+        types = [f"{name} {given} instead of {wanted}" for name, given, wanted in self.mistyped]
+        rows = {
+            "missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes, "of another type": types
+        }  # fmt: skip
+        told = [f"{len(names)} {what}: {some(names)}" for what, names in rows.items() if names]
+        return "; ".join(told) or "no difference"
 
 
 def load(
@@ -52,11 +57,15 @@ def load(
 ) -> tuple[Model, dict]:  # fmt: skip
     """The network of a folder, and its parameters.
 
+    The values are taken as they are, NaN as well. Besides the parameters, host memory holds one of them, or its parts,
+    while it is on its way to a device.
+
     Args:
-      path: a folder with `config.json` and safetensors files, such as `stable-diffusion/unet`.
+      path: a folder with `config.json` and safetensors files, such as `stable-diffusion/unet`; or one such file.
       config: settings instead of those of `config.json`.
       variant: of the files, such as "fp16" for `model.fp16.safetensors`; None for those without one.
-      param_dtype: of the parameters of floating point; None for those of the file.
+      param_dtype: of the parameters of floating point; None for those of the file, the widest of its layers for a
+        stack. Without x64 mode float64 becomes float32, as everywhere in JAX.
       sharding: `(model, shapes) -> tree of jax.sharding.Sharding`, where the parameters are to lie; each device's part
         is read from the disk for it. None for the default device.
       how: how the network is computed, see `diffjax.models.settings.how`.
@@ -70,104 +79,61 @@ def load(
     config = read_config(path) if config is None else config
     # Before a network is built: a folder without weights says so at once.
     files = find(path, variant)
-    model = from_config(config, **how)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    model, shapes = build(config, path, **how)
     places = layout(names_of(shapes))
     wanted = {key for place in places.values() for key in place.keys}
     tensors = untie(kind_of(config), rename(kind_of(config), files), wanted)
-    difference = compare(places, tensors)
+    difference = compare(places, tensors, names_of(shapes))
     if any(difference):
         raise WeightsError(f"{path}: not the parameters of its {kind_of(config)}: {difference}")
     shardings = names_of(sharding(model, shapes)) if sharding else dict.fromkeys(places)
-    leaves = {
-        name: _array(place, tensors, tuple(shape.shape), param_dtype, shardings[name])
+    leaves = [
+        _leaf(place, tensors, tuple(shape.shape), param_dtype, shardings[name])
         for (name, place), shape in zip(places.items(), jax.tree.leaves(shapes), strict=True)
-    }
-    return model, jax.tree.unflatten(jax.tree.structure(shapes), leaves.values())
+    ]
+    return model, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-def _array(place: Place, tensors, shape, dtype, sharding):
-    found = {tensors[key].dtype for key in place.keys}
-    given = np.result_type(*found) if len(found) > 1 else found.pop()
-    floating = dtype is not None and jnp.issubdtype(given, jnp.floating)
-    dtype = jnp.dtype(dtype) if floating else given
-    part = lambda index: read(place, tensors, index, dtype)
-    return jnp.asarray(part(())) if sharding is None else jax.make_array_from_callback(shape, sharding, part)
-
-
-def save(
-    model: Model, params: dict, folder: str | os.PathLike, *, dtype: str | None = None, variant: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:  # fmt: skip
-    """Writes a network and its parameters as a folder that `load`, diffusers and transformers read.
-
-    Args:
-      model: as `load` and `from_config` return it.
-      params: as from `model.init`; each is brought to the host when its turn comes.
-      folder: made if absent; files of the same names are replaced.
-      dtype: of the parameters of floating point in the files; None for their own.
-      variant: of the names of the files, such as "fp16".
-      shard_bytes: most bytes of tensors in one file; with more there are several and an index.
+def build(config: Mapping[str, Any], path: Path, **how) -> tuple[Model, dict]:
+    """The network of a config, and the shapes of its parameters; nothing is allocated.
 
     Raises:
-      WeightsError: for parameters of another network, or of a type that safetensors does not have.
-      OSError: disk full, folder read-only; files that were there are whole.
+      ValueError: for a config that describes no network that is known here, or that can be.
     """
-    folder = Path(folder)
-    shapes = names_of(jax.eval_shape(model.init, jax.random.key(0)))
-    given = names_of(params)
-    if {name: tuple(leaf.shape) for name, leaf in given.items()} != {n: tuple(s.shape) for n, s in shapes.items()}:
-        wrong = sorted(set(given) ^ set(shapes)) or [n for n in shapes if shapes[n].shape != given[n].shape]
-        raise WeightsError(f"{folder}: params are not those of this {kind_of(model.config)}: {_some(wrong)}")
-    tensors: dict[str, Source] = {}
-    for name, place in layout(shapes).items():
-        floating = dtype is not None and jnp.issubdtype(given[name].dtype, jnp.floating)
-        kept = jnp.dtype(dtype) if floating else np.dtype(given[name].dtype)
-        for i, key in enumerate(place.keys):
-            tensors[key] = Source(kept, place.shape, _source(place, given[name], i, kept))
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = STEMS[1] if "architectures" in model.config else STEMS[0]
-    shards = _shards(tensors, shard_bytes)
-    names = [_file(stem, variant, i, len(shards)) for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        write(folder / name, shard, {"format": "pt"})
-    if len(shards) > 1:
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = {"total_size": sum(source.nbytes for source in tensors.values())}
-        text = json.dumps({"metadata": total, "weight_map": dict(sorted(where.items()))}, indent=2)
-        write_text(folder / _index(stem, variant), text + "\n")
-    write_text(folder / "config.json", json.dumps(dict(model.config), indent=2, sort_keys=True) + "\n")
+    try:
+        model = from_config(config, **how)
+        return model, jax.eval_shape(model.init, jax.random.key(0))
+    except (ArithmeticError, LookupError, MemoryError, TypeError) as error:
+        # Lengths of zero or of 10**30, or text among numbers: nothing in a config is trusted.
+        told = f"{type(error).__name__}: {error}"[:200]
+        raise WeightsError(f"{path}: its config describes no {kind_of(config)} that can be built ({told})") from error
 
 
-def _source(place, leaf, i, dtype):
-    def read():
-        # One layer of a stack at a time.
-        part = np.asarray(leaf[i])[None] if place.stacked else np.asarray(leaf)
-        one = place._replace(keys=place.keys[i : i + 1])
-        return next(iter(split(one, part).values())).astype(dtype)
-
-    return read
-
-
-def _shards(tensors, most):
-    shards: list[dict[str, Source]] = [{}]
-    size = 0
-    for key, source in tensors.items():
-        if shards[-1] and size + source.nbytes > most:
-            shards.append({})
-            size = 0
-        shards[-1][key] = source
-        size += source.nbytes
-    return shards
+def type_of(place: Place, tensors: Mapping[str, Tensor], dtype: str | None) -> np.dtype:
+    """The type of a parameter that is read: `dtype` if it is given and both are of floating point."""
+    found = sorted({tensors[key].dtype for key in place.keys}, key=str)
+    if len(found) > 1:
+        # Of the types of floating point with 8 bits none holds the values of the other.
+        wide = [jnp.dtype("bfloat16") if jnp.issubdtype(d, jnp.floating) and d.itemsize == 1 else d for d in found]
+        found = [functools.reduce(jnp.promote_types, wide)]
+    given = np.dtype(found[0])
+    floating = dtype is not None and jnp.issubdtype(given, jnp.floating)
+    return jnp.dtype(dtype) if floating else given
 
 
-def _file(stem, variant, i, count):
-    part = f"-{i + 1:05d}-of-{count:05d}" if count > 1 else ""
-    return f"{stem}{f'.{variant}' if variant else ''}{part}.safetensors"
+def _leaf(place, tensors, shape, dtype, sharding):
+    dtype = jax.dtypes.canonicalize_dtype(type_of(place, tensors, dtype))
+    parts: dict[str, np.ndarray] = {}
 
+    def part(index):
+        # Devices that hold the same part share what is read.
+        if str(index) not in parts:
+            parts[str(index)] = read(place, tensors, index, dtype)
+        return parts[str(index)]
 
-def _index(stem, variant):
-    return f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
+    leaf = jax.device_put(part(())) if sharding is None else jax.make_array_from_callback(shape, sharding, part)
+    # Else the next one is read while this one is still in the host's memory.
+    return jax.block_until_ready(leaf)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -177,7 +143,7 @@ def read_config(folder: Path) -> dict[str, Any]:
       WeightsError: if it is no JSON object.
       OSError: if it cannot be read.
     """
-    path = folder / "config.json"
+    path = (folder.parent if folder.is_file() else folder) / "config.json"
     if not path.is_file():
         parts = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f"; it has those of {', '.join(parts)}: name one of these folders" if parts else ""
@@ -190,9 +156,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > LONGEST_JSON:
         raise WeightsError(f"{path}: {path.stat().st_size} bytes are too many for a file of settings")
     try:
-        value = json.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: no JSON: {str(error)[:120]}") from None
+        value = parse(path.read_bytes())
+    except ValueError as error:
+        raise WeightsError(f"{path}: no JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -211,19 +177,19 @@ def find(path: Path, variant: str | None = None) -> dict[str, Tensor]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder or file")
     for stem in STEMS:
-        if (path / _index(stem, variant)).is_file():
-            return _sharded(path, path / _index(stem, variant))
-        if (path / _file(stem, variant, 0, 1)).is_file():
-            return read_header(path / _file(stem, variant, 0, 1))[0]
+        if (path / index_of(stem, variant)).is_file():
+            return _sharded(path, path / index_of(stem, variant))
+        if (path / weights_of(stem, variant)).is_file():
+            return read_header(path / weights_of(stem, variant))[0]
     here = sorted(p.name for p in path.iterdir() if p.is_file())
     pickles = [path / name for name in here if name.endswith(PICKLES)]
     weights = [name for name in here if name.endswith(".safetensors")]
     if pickles and not weights:
         _refuse_pickle(pickles[0])
     variants = f" with variant {variant!r}" if variant else " without a variant"
-    found = f"it has {_some(weights)}" if weights else "it has no .safetensors file"
+    found = f"it has {some(weights)}" if weights else "it has no .safetensors file"
     raise WeightsError(
-        f"{path}: no weights{variants}; looked for {' and '.join(_file(s, variant, 0, 1) for s in STEMS)}, or an index "
+        f"{path}: no weights{variants}; looked for {' and '.join(weights_of(s, variant) for s in STEMS)}, or an index "
         f"of these; {found}"
     )
 
@@ -244,19 +210,19 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
     for name in dict.fromkeys(where.values()):
         # A name and no path: whatever is read lies in this folder.
         if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
-            raise WeightsError(f"{index}: {name[:200]!r} is no name of a file in its folder")
+            raise WeightsError(f"{index}: {shown(name)} is no name of a file in its folder")
         _refuse_pickle(folder / name)
         if not (folder / name).is_file():
-            raise WeightsError(f"{index}: it names {name}, which is not there; copy the folder again")
+            raise WeightsError(f"{index}: it names {shown(name)}, which is not there; copy the folder again")
         held = read_header(folder / name)[0]
         for key in held:
             if where.get(key) != name:
-                told = f"it says {where[key]}" if key in where else "it does not have it"
-                raise WeightsError(f"{index}: tensor {key!r} lies in {name}, but {told}")
+                told = f"it says {shown(where[key])}" if key in where else "it does not have it"
+                raise WeightsError(f"{index}: tensor {shown(key)} lies in {shown(name)}, but {told}")
         tensors |= held
     gone = sorted(where.keys() - tensors.keys())
     if gone:
-        raise WeightsError(f"{index}: tensors that its files lack: {_some(gone)}")
+        raise WeightsError(f"{index}: tensors that its files lack: {some(gone)}")
     return tensors
 
 
@@ -266,7 +232,7 @@ def rename(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         today = modern(kind, name)
         if today in out:
-            raise WeightsError(f"{tensor.path}: two tensors are {today!r}, one of them {name!r}")
+            raise WeightsError(f"{tensor.path}: two tensors are {shown(today)}, one of them {shown(name)}")
         if today is not None:
             out[today] = tensor._replace(shape=without_pixels(kind, today, tensor.shape))
     return out
@@ -293,17 +259,26 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(bits(a), bits(b))
 
 
-def compare(places: Mapping[str, Place], tensors: Mapping[str, Tensor]) -> Report:
-    """What is missing, unexpected or misshapen among the tensors of a file."""
-    wanted = {key: place.shape for place in places.values() for key in place.keys}
+def compare(places: Mapping[str, Place], tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> Report:
+    """What is missing, unexpected, misshapen or mistyped among the tensors of a file.
+
+    Args:
+      places: of the network's parameters.
+      tensors: of the file, under today's names.
+      shapes: of the network's parameters, by name; their types.
+    """
+    wanted = {key: (place.shape, shapes[name].dtype) for name, place in places.items() for key in place.keys}
     missing = tuple(sorted(wanted.keys() - tensors.keys()))
     unexpected = tuple(sorted(tensors.keys() - wanted.keys()))
-    both = sorted(wanted.keys() & tensors.keys())
-    wrong = tuple((k, tensors[k].shape, wanted[k]) for k in both if tensors[k].shape != wanted[k])
-    return Report(missing, unexpected, wrong)
+    both = [(key, tensors[key], *wanted[key]) for key in sorted(wanted.keys() & tensors.keys())]
+    shape = tuple((key, tensor.shape, wanted) for key, tensor, wanted, _ in both if tensor.shape != wanted)
+    floating = lambda dtype: jnp.issubdtype(dtype, jnp.floating)
+    kind = tuple((k, str(t.dtype), str(d)) for k, t, _, d in both if floating(t.dtype) != floating(d))
+    return Report(missing, unexpected, shape, kind)
 
 
-def _some(names, most: int = 5) -> str:
-    names = list(names)
+def some(names: Iterable, most: int = 5) -> str:
+    """The first of the names, for a message."""
+    names = [str(name) for name in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + rest
+    return ", ".join(name if len(name) <= 200 else name[:200] + "..." for name in names[:most]) + rest

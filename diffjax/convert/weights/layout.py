@@ -7,17 +7,22 @@ layers, one tensor each.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffjax.convert.weights.tensors import Tensor
+from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.tensors import Tensor, bounds
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # From the axes of PyTorch's weights (outputs first, then inputs, then space) to ours (space, inputs, outputs).
 AXES = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
+ALIGNMENT = 64
+# More are a mistake in a config, and their names alone would fill the memory.
+MOST_LAYERS = 10_000
 RANGE = re.compile(r"(\d+):(\d+)")
 
 
@@ -38,9 +43,11 @@ class Place(NamedTuple):
 
 
 def place(name: str, shape: tuple[int, ...]) -> Place:
-    """Where the parameter `name` ("a/b/kernel") of `shape` lies."""
+    """Where the parameter `name` ("a/b/kernel") of `shape` lies; raises `WeightsError` for more than 10,000 layers."""
     *parts, leaf = name.split("/")
     layers = [i for i, part in enumerate(parts) if RANGE.fullmatch(part)]
+    if layers and shape[0] > MOST_LAYERS:
+        raise WeightsError(f"{name}: {shape[0]} layers; at most {MOST_LAYERS} are read")
     inner = shape[1:] if layers else shape
     axes = AXES[len(inner)] if leaf == "kernel" else tuple(range(len(inner)))
     tensor = tuple(inner[axes.index(i)] for i in range(len(inner)))
@@ -58,17 +65,27 @@ def layout(shapes: Mapping[str, Any]) -> dict[str, Place]:
 
 
 def read(place: Place, tensors: Mapping[str, Tensor], index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    """The part `index` of a parameter, as a copy of `dtype`; no more than the part is read."""
-    if not place.stacked:
-        return _part(tensors[place.keys[0]], place.axes, index, dtype)
-    keys = place.keys[index[0]] if index else place.keys
-    return np.stack([_part(tensors[key], place.axes, index[1:], dtype) for key in keys])
+    """The part `index` (slices without steps) of a parameter, as an array of `dtype` of its own.
+
+    Each layer is read straight into its slot: besides the result a chunk is in memory.
+    """
+    lengths = (len(place.keys),) * place.stacked + tuple(place.shape[axis] for axis in place.axes)
+    index = bounds(index, lengths)
+    out = _aligned(tuple(part.stop - part.start for part in index), dtype)
+    keys, inner = (place.keys[index[0]], index[1:]) if place.stacked else (place.keys, index)
+    back = np.argsort(place.axes)
+    slots = out if place.stacked else out[None]
+    for i, key in enumerate(keys):
+        tensors[key].fill(slots[i, ...].transpose(back), tuple(inner[axis] for axis in back))
+    return out
 
 
-def _part(tensor, axes, index, dtype):
-    index = tuple(index) + (slice(None),) * (len(axes) - len(index))
-    of_tensor = tuple(index[axes.index(i)] for i in range(len(axes)))
-    return np.array(tensor.open()[of_tensor].transpose(axes), dtype, order="C")
+def _aligned(shape, dtype):
+    """An empty array at an address that lets JAX take it over on a CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % ALIGNMENT
+    return raw[skip : skip + size].view(dtype).reshape(shape)
 
 
 def split(place: Place, array: np.ndarray) -> dict[str, np.ndarray]:

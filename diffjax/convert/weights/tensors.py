@@ -6,10 +6,11 @@ a JSON object from names to `dtype`, `shape` and `data_offsets`; the tensors, ro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.strict import parse, shown
 from diffjax.files import replacing
 
 # The largest header that the safetensors package reads.
 LONGEST_HEADER = 100_000_000
+MOST_AXES = 32
+# Bytes read at a time: few enough to stay in a processor's cache while their axes are turned.
+CHUNK = 1 << 17
+# What people have where a safetensors file should be, by its first bytes.
+OTHERS = {
+    b"version ": "a Git LFS pointer instead of the file: fetch it with `git lfs pull`",
+    b"PK\3\4": "a zip file, as PyTorch's pickles are, under another name; it is not opened",
+    b"\x80\2": "a pickle under another name, which would run code of its own when it is read; it is not opened",
+}
 DTYPES = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": jnp.dtype("bfloat16"),
     "F8_E4M3": jnp.dtype("float8_e4m3fn"), "F8_E5M2": jnp.dtype("float8_e5m2"),
@@ -50,6 +61,66 @@ class Tensor(NamedTuple):
         raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.nbytes,))
         return raw.view(self.dtype).reshape(self.shape)
 
+    def fill(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+        """Reads the part `index` into `out`, whose type and strides may be any; a chunk at a time is in memory besides.
+
+        Args:
+          out: of the shape of the part.
+          index: slices without steps; the axes left out are whole.
+
+        Raises:
+          WeightsError: if the file became shorter since its header was read.
+          OSError: if it cannot be read.
+        """
+        index = bounds(index, self.shape)
+        if out.size:
+            with open(self.path, "rb", buffering=0) as file:
+                _fill(file, out, self, index)
+
+
+def bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Slices without steps as `slice(start, stop)`, one for each axis of `shape`."""
+    index = (*index, *(slice(None),) * (len(shape) - len(index)))
+    ends = [part.indices(length)[:2] for part, length in zip(index, shape, strict=True)]
+    return tuple(slice(start, max(start, stop)) for start, stop in ends)
+
+
+def _fill(file, out, tensor, index):
+    shape, part, row = tensor.shape, tensor, tensor.dtype.itemsize
+    if shape:
+        row *= math.prod(shape[1:])
+        start, stop = index[0].start, index[0].stop
+        part = tensor._replace(shape=(stop - start, *shape[1:]), offset=tensor.offset + start * row)
+    rest = index[1:]
+    if rest == bounds((), shape[1:]) and out.flags.c_contiguous and out.dtype == tensor.dtype:
+        _read(file, out, part)
+    elif part.nbytes <= CHUNK or part.shape in ((), (1,)):
+        chunk = np.empty(part.shape, tensor.dtype)
+        _read(file, chunk, part)
+        out[...] = chunk[(slice(None), *rest) if shape else ()]
+    else:
+        # As many rows at a time as fit, or each row as a tensor of its own.
+        many = CHUNK // row
+        for i in range(0, len(out), many or 1):
+            at = part.offset + i * row
+            if many or not rest:
+                count = min(many or 1, len(out) - i)
+                some = part._replace(shape=(count, *shape[1:]), offset=at)
+                _fill(file, out[i : i + count], some, (slice(0, count), *rest))
+            else:
+                _fill(file, out[i, ...], part._replace(shape=shape[1:], offset=at), rest)
+
+
+def _read(file, out, tensor):
+    """The bytes of a tensor into the contiguous array `out` of its type and size."""
+    file.seek(tensor.offset)
+    left = memoryview(out.reshape(-1).view(np.uint8))
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise WeightsError(f"{tensor.path}: became shorter while it was read; copy it again")
+        left = left[count:]
+
 
 def read_header(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata; nothing but the header is read.
@@ -66,54 +137,52 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, s
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            raise WeightsError(f"{path}: cut off: a header of {length} bytes in a file of {size}; copy it again")
+            other = next((what for magic, what in OTHERS.items() if start.startswith(magic)), "")
+            told = other or f"cut off: a header of {length} bytes in a file of {size}; copy it again"
+            raise WeightsError(f"{path}: {told}")
         if length > LONGEST_HEADER:
             raise WeightsError(f"{path}: a header of {length} bytes; the format allows {LONGEST_HEADER}")
         text = file.read(length)
+    return parse_header(path, text, size)
+
+
+def parse_header(path: Path, text: bytes, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_header` of the file at `path` with `size` bytes, whose header is `text`."""
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_once)
-    except _Twice as error:
-        raise WeightsError(f"{path}: the header has the name {str(error)!r} twice") from None
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: no safetensors file: its header is no JSON ({str(error)[:80]})") from None
+        header = parse(text)
+    except ValueError as error:
+        raise WeightsError(f"{path}: no safetensors file: its header is no JSON ({str(error)[:200]})") from None
     if not isinstance(header, dict):
         raise WeightsError(f"{path}: no safetensors file: its header is no JSON object")
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise WeightsError(f"{path}: the header's __metadata__ is no map from text to text")
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
-    _check_layout(path, tensors, 8 + length, size)
+    begin = 8 + len(text)
+    tensors = {name: _tensor(path, name, entry, begin) for name, entry in header.items()}
+    _check_layout(path, tensors, begin, size)
     return tensors, metadata
 
 
-class _Twice(Exception):
-    """A name that a JSON object has twice."""
-
-
-def _once(pairs):
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(next(name for name in names if names.count(name) > 1))
-    return out
-
-
 def _tensor(path, name, entry, begin):
-    where = f"{path}: tensor {name[:200]!r}"
     if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
-        raise WeightsError(f"{where}: expected dtype, shape and data_offsets, got {str(entry)[:80]}")
+        raise _wrong(path, name, f"expected dtype, shape and data_offsets, got {shown(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WeightsError(f"{where}: unknown dtype {str(dtype)[:40]!r}; known: {', '.join(DTYPES)}")
-    if not _naturals(shape) or len(shape) > 32:
-        raise WeightsError(f"{where}: shape {str(shape)[:80]}: expected at most 32 lengths")
+        raise _wrong(path, name, f"unknown dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
+    if not _naturals(shape) or len(shape) > MOST_AXES:
+        raise _wrong(path, name, f"shape {shown(shape)}: expected at most {MOST_AXES} lengths")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise WeightsError(f"{where}: data_offsets {str(offsets)[:80]}: expected a begin and an end")
-    wanted, given = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
-    if wanted != given:
-        told = f"{str(wanted)[:40]} bytes, the header gives {given}"
-        raise WeightsError(f"{where}: {dtype} of shape {shape} takes {told}")
+        raise _wrong(path, name, f"data_offsets {shown(offsets)}: expected a begin and an end")
+    size, given = DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+    # Nothing can hold [0, 2**40, 2**40] either.
+    if math.prod(shape) * size != given or math.prod(filter(None, shape)) * size >= 2**63:
+        told = f"{shown(math.prod(shape) * size)} bytes, the header gives {given}"
+        raise _wrong(path, name, f"{dtype} of shape {shape} takes {told}")
     return Tensor(path, DTYPES[dtype], tuple(shape), begin + offsets[0])
+
+
+def _wrong(path, name, told):
+    return WeightsError(f"{path}: tensor {shown(name)}: {told}")
 
 
 def _naturals(values):
@@ -126,7 +195,7 @@ def _check_layout(path, tensors, begin, size):
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != at:
             what = "overlaps what lies before it" if tensor.offset < at else "has a gap before it"
-            raise WeightsError(f"{path}: tensor {name[:200]!r} {what}: byte {tensor.offset} instead of {at}")
+            raise _wrong(path, name, f"{what}: byte {tensor.offset} instead of {at}")
         at += tensor.nbytes
     if at != size:
         what = "cut off" if at > size else "too long"
@@ -145,13 +214,15 @@ class Source(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file in one move: after an error, such as a full disk, `path` is what it was.
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> Iterator[None]:
+    """A safetensors file that is written, and takes the place of `path` in one move when the block ends well.
 
-    Wide types come first, so that every tensor lies at a multiple of its type's size.
+    After an error, such as a full disk, `path` is what it was. Wide types come first, so that every tensor lies at a
+    multiple of its type's size.
 
     Raises:
-      WeightsError: for a type that the format does not have.
+      WeightsError: for a type that the format does not have, or an array that is not what its source says.
       OSError: disk full, folder gone or read-only.
     """
     unknown = {name: source.dtype for name, source in tensors.items() if source.dtype not in NAMES}
@@ -170,5 +241,18 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Mapp
     text += b" " * (-len(text) % 8)
     with replacing(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, source in ordered:
-            file.write(np.ascontiguousarray(source.read()).view(np.uint8).data)
+        for name, source in ordered:
+            array = source.read()
+            if (array.shape, array.dtype) != (source.shape, source.dtype):
+                raise _wrong(path, name, f"{array.dtype} {array.shape} instead of {source.dtype} {source.shape}")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        # A full disk is met here, before any file of the same folder is moved.
+        file.flush()
+        os.fsync(file.fileno())
+        yield
+
+
+def write(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file with `writing`."""
+    with writing(path, tensors, metadata):
+        pass

@@ -1,0 +1,52 @@
+"""JSON that comes from outside: nothing in it is taken that two readers could take differently."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from typing import Any
+
+LONGEST_NUMBER = 20  # digits: of 2**64 - 1
+
+
+def parse(text: bytes) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+      ValueError: for what is no JSON; NaN and infinities; integers of more than 20 digits, or -0; a name that an object
+        has twice; text with half of a surrogate pair; more nesting than Python's stack bears.
+    """
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, at most a line whatever came."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring = 2, 200
+    return short.repr(value)
+
+
+def _object(pairs):
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"it has the name {shown(twice)} twice")
+    for name, value in pairs:
+        name.encode()
+        if isinstance(value, str):
+            value.encode()
+    return out
+
+
+def _integer(text):
+    if len(text) > LONGEST_NUMBER or text == "-0":
+        raise ValueError(f"the number {text[:LONGEST_NUMBER]} has {len(text)} digits" if text != "-0" else "-0")
+    return int(text)
+
+
+def _constant(text):
+    raise ValueError(f"{text} is no JSON")
