@@ -206,14 +206,16 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
     where = read_json(index).get("weight_map")
     if not (isinstance(where, dict) and where and all(isinstance(name, str) for name in where.values())):
         raise WeightsError(f"{index}: expected a 'weight_map' from tensors to files")
-    tensors: dict[str, Tensor] = {}
-    for name in dict.fromkeys(where.values()):
+    names = tuple(dict.fromkeys(where.values()))
+    for name in names:
         # A name and no path: whatever is read lies in this folder.
         if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
             raise WeightsError(f"{index}: {shown(name)} is no name of a file in its folder")
         _refuse_pickle(folder / name)
         if not (folder / name).is_file():
             raise WeightsError(f"{index}: it names {shown(name)}, which is not there; copy the folder again")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
         held = read_header(folder / name)[0]
         for key in held:
             if where.get(key) != name:

@@ -55,7 +55,8 @@ def test_read_is_the_inverse_of_split_in_every_part(tmp_path, seed):
     for name, array in parameters.items():
         where = place(name, array.shape)
         whole = read(where, tensors, (), array.dtype)
-        assert whole.dtype == array.dtype and whole.flags.c_contiguous and whole.ctypes.data % 64 == 0
+        assert whole.dtype == array.dtype and whole.flags.c_contiguous
+        assert whole.ctypes.data % 64 == 0 or not whole.size
         np.testing.assert_array_equal(whole, array)
         for _ in range(6):
             ends = [np.sort(rng.integers(0, n + 1, 2)) for n in array.shape]
