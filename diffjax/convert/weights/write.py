@@ -77,7 +77,7 @@ def _reader(place: Place, leaf, i: int, dtype) -> Callable[[], np.ndarray]:
         # One layer of a stack; a copy, as JAX keeps what it has brought to the host as long as the array lives.
         part = leaf[i] if place.stacked else jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array) else leaf
         part = np.asarray(part)[None] if place.stacked else np.asarray(part)
-        return next(iter(split(one, part).values())).astype(dtype)
+        return next(iter(split(one, part).values())).astype(dtype, copy=False)
 
     return read
 
