@@ -3,10 +3,10 @@
     python benchmarks/load_memory.py --gb=4 --folder=/tmp/load_memory
 
 A DiT of this size, whose float32 tensors are drawn one at a time as they are written, is loaded in a process of its own
-on the CPU, where the parameters themselves lie in host memory; it then saves them again. `VmHWM` of /proc/self/status is
-the most that was ever resident (reset before each part where the kernel allows), `RssAnon` what is at the end, without
-the pages of files. What counts is the peak without what was there before and without the bytes of the parameters; it
-should stay below the largest parameter, a stack of layers.
+on the CPU, where the parameters themselves lie in host memory; it then saves them again. `VmHWM` of /proc/self/status
+is the most that was ever resident (reset before each part where the kernel allows), `RssAnon` what is at the end,
+without the pages of files. What counts is the peak without what was there before and without the bytes of the
+parameters; it should stay below the largest parameter, a stack of layers.
 
 The result is written to `benchmarks/results/load_memory.json`; the folder is removed.
 """

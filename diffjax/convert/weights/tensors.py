@@ -61,6 +61,12 @@ class Tensor(NamedTuple):
         raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.nbytes,))
         return raw.view(self.dtype).reshape(self.shape)
 
+    def part(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The part `index`, slices without steps, in memory; raises as `fill`."""
+        out = np.empty([part.stop - part.start for part in bounds(index, self.shape)], self.dtype)
+        self.fill(out, index)
+        return out
+
     def fill(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
         """Reads the part `index` into `out`, whose type and strides may be any; a chunk at a time is in memory besides.
 

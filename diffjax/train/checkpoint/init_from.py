@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zipfile
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax import files
+from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.train import paths
 from diffjax.train.checkpoint.params import CHECKPOINTS, RAW
 from diffjax.train.errors import ConfigError
@@ -45,15 +43,15 @@ def save_params(folder: str | os.PathLike, params: Mapping) -> Path:
 
     The folder is made where missing, and the file appears in one move.
     """
-    from safetensors.numpy import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    named = {name: np.array(leaf, order="C") for name, leaf in paths.named_leaves(params).items()}
-    path = folder / WEIGHTS
-    with files.replacing(path, "wb") as file:
-        save_file(named, file.name)
+    path = Path(folder) / WEIGHTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, {name: source_of(leaf) for name, leaf in paths.named_leaves(params).items()}, {})
     return path
+
+
+def source_of(leaf) -> Source:
+    """An array as what is written, brought to the host when its turn comes."""
+    return Source(np.dtype(leaf.dtype), np.shape(leaf), lambda: np.asarray(leaf))
 
 
 def first_state_from(config: ConfigDict, parts: Parts, state_sharding: TrainState) -> TrainState:
@@ -166,7 +164,7 @@ def open_source(config: ConfigDict) -> dict[str, Leaf]:
     for file in by_kind[kinds[0]]:
         try:
             found = reader(file)
-        except Exception as error:  # safetensors raises a type of its own, zipfile others
+        except Exception as error:  # zipfile raises many types of its own
             raise ConfigError(f"config.init_from: {file} cannot be read ({error}); write it again") from error
         twice = sorted(set(found) & set(leaves))
         if twice:
@@ -197,27 +195,7 @@ def whole(array: np.ndarray) -> Leaf:
 
 def of_safetensors(path: Path) -> dict[str, Leaf]:
     """The arrays of a safetensors file; parts are read from the disk when they are asked for."""
-    from safetensors import safe_open
-
-    file = safe_open(os.fspath(path), framework="np")
-
-    def leaf(name: str) -> Leaf:
-        part = file.get_slice(name)
-        shape = tuple(part.get_shape())
-        if part.get_dtype() == "BF16":
-            return Leaf(shape, lambda index: bfloat16(path, name, shape)[index])
-        # A scalar has no slices.
-        return Leaf(shape, lambda index: file.get_slice(name)[index] if shape else file.get_tensor(name))
-
-    return {name: leaf(name) for name in file.keys()}
-
-
-def bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A bfloat16 array of a safetensors file, mapped: the numpy interface of the package does not know the type."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        begin = json.loads(file.read(length))[name]["data_offsets"][0]
-    return np.memmap(path, np.uint16, "r", 8 + length + begin, shape).view(jnp.bfloat16)
+    return {name: Leaf(tensor.shape, tensor.part) for name, tensor in read_header(path)[0].items()}
 
 
 def of_npz(path: Path) -> dict[str, Leaf]:
