@@ -1,4 +1,7 @@
-"""The command line: `diffjax COMMAND`, also as `python -m diffjax`; what the commands do is in `diffjax.commands`."""
+"""The command line: `diffjax COMMAND`, also as `python -m diffjax`.
+
+What the commands take is in `diffjax.flags`, what they do in `diffjax.commands`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from diffjax import registry
-from diffjax.commands import COMMANDS, USAGE_ERROR, UsageError, describe, expected_errors
+from diffjax.commands import USAGE_ERROR, UsageError, describe, expected_errors
+from diffjax.flags import COMMANDS
 
 DEBUG_VARIABLE = "DIFFJAX_DEBUG"
 

@@ -48,9 +48,9 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
     text = "config\n" + configs.to_json(config) + "\n\n" + parameter_table(state.params, places.params)
     average = _bytes(state.ema)
     text += (
-        f"\nstate: {_size(_bytes(state))}"
-        f" = parameters {_size(_bytes(state.params))} + averages {_size(average)}"
-        f" + optimiser {_size(_bytes(state.opt_state))}\n"
+        f"\nstate: {size_text(_bytes(state))}"
+        f" = parameters {size_text(_bytes(state.params))} + averages {size_text(average)}"
+        f" + optimiser {size_text(_bytes(state.opt_state))}\n"
         f"mesh: {dict(mesh.shape)} over {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
         f"sharding {config.sharding!r}\n"
     )
@@ -62,7 +62,7 @@ def describe(config: ConfigDict, *, compile: bool = True) -> str:
     if compile:
         programs = (step.lower().compile() for step in traced)
         sizes = [memory.temp_size_in_bytes for p in programs if (memory := p.memory_analysis())]
-        text += f", {_size(max(sizes))} of temporary memory per device" if sizes else ""
+        text += f", {size_text(max(sizes))} of temporary memory per device" if sizes else ""
     return text + "\n"
 
 
@@ -95,7 +95,7 @@ def parameter_table(params: Mapping, places: Mapping) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(leaf.size for leaf in names.values())
-    return "\n".join(["parameters", *lines, f"total: {total:,} parameters, {_size(_bytes(params))}"]) + "\n"
+    return "\n".join(["parameters", *lines, f"total: {total:,} parameters, {size_text(_bytes(params))}"]) + "\n"
 
 
 def machine() -> str:
@@ -107,10 +107,10 @@ def machine() -> str:
     lines += ["", f"devices ({jax.default_backend()}, {jax.process_count()} process(es), {os.cpu_count()} CPU cores)"]
     for device in jax.devices():
         stats = device.memory_stats() or {}
-        limit = f", {_size(stats['bytes_limit'])} of memory" if "bytes_limit" in stats else ""
-        used = f", {_size(stats['bytes_in_use'])} in use" if "bytes_in_use" in stats else ""
+        limit = f", {size_text(stats['bytes_limit'])} of memory" if "bytes_limit" in stats else ""
+        used = f", {size_text(stats['bytes_in_use'])} in use" if "bytes_in_use" in stats else ""
         lines.append(f"  {device.id}: {device.device_kind}{limit}{used}")
-    lines.append(f"  host memory: {_size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}")
+    lines.append(f"  host memory: {size_text(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}")
     cache = use_compile_cache()
     lines += ["", f"compile cache: {cache or 'off (JAX_ENABLE_COMPILATION_CACHE)'}", "", "extras"]
     lines += [_extra(extra, what, packages) for extra, (what, packages) in EXTRAS.items()]
@@ -134,6 +134,6 @@ def _bytes(tree) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     power = min(int(math.log2(max(count, 1)) // 10), 3)
     return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"

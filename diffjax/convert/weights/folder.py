@@ -14,7 +14,7 @@ import numpy as np
 
 from diffjax.convert.weights.aliases import TIED, modern, without_pixels
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.layout import Place, layout, read
+from diffjax.convert.weights.layout import Place, places_of, read
 from diffjax.convert.weights.names import STEMS, index_of, weights_of
 from diffjax.convert.weights.strict import parse, shown
 from diffjax.convert.weights.tensors import Tensor, read_header
@@ -80,9 +80,7 @@ def load(
     # Before a network is built: a folder without weights says so at once.
     files = find(path, variant)
     model, shapes = build(config, path, **how)
-    places = layout(names_of(shapes))
-    wanted = {key for place in places.values() for key in place.keys}
-    tensors = untie(kind_of(config), rename(kind_of(config), files), wanted)
+    places, tensors = match(kind_of(config), files, names_of(shapes))
     difference = compare(places, tensors, names_of(shapes))
     if any(difference):
         raise WeightsError(f"{path}: not the parameters of its {kind_of(config)}: {difference}")
@@ -238,6 +236,15 @@ def rename(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if today is not None:
             out[today] = tensor._replace(shape=without_pixels(kind, today, tensor.shape))
     return out
+
+
+def match(
+    kind: str, files: Mapping[str, Tensor], shapes: Mapping[str, Any]
+) -> tuple[dict[str, Place], dict[str, Tensor]]:
+    """The places of the parameters `shapes` of a network, and the tensors of its files under today's names, each once."""
+    tensors = rename(kind, files)
+    places = places_of(shapes, tensors)
+    return places, untie(kind, tensors, {key for place in places.values() for key in place.keys})
 
 
 def untie(kind: str, tensors: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:

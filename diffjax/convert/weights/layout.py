@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +62,20 @@ def place(name: str, shape: tuple[int, ...]) -> Place:
 def layout(shapes: Mapping[str, Any]) -> dict[str, Place]:
     """The places of all parameters, given as `{"a/b/kernel": anything with a shape}`."""
     return {name: place(name, tuple(leaf.shape)) for name, leaf in shapes.items()}
+
+
+def places_of(shapes: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Place]:
+    """The places of all parameters in a file with tensors of these names.
+
+    Names with a slash are those of the parameters themselves, as `params.safetensors` has them: nothing is split or
+    turned there.
+    """
+    if any("/" in name for name in tensors):
+        return {
+            name: Place((name,), tuple(range(len(leaf.shape))), False, tuple(leaf.shape))
+            for name, leaf in shapes.items()
+        }
+    return layout(shapes)
 
 
 def read(place: Place, tensors: Mapping[str, Tensor], index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:

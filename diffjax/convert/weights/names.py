@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-# diffusers' name, and that of transformers.
-STEMS = ("diffusion_pytorch_model", "model")
+# diffusers' name, that of transformers, and ours for parameters under their own names.
+PARAMS = "params"
+STEMS = ("diffusion_pytorch_model", "model", PARAMS)
 
 
 def weights_of(stem: str, variant: str | None = None, i: int = 0, count: int = 1) -> str:
@@ -19,7 +20,8 @@ def index_of(stem: str, variant: str | None = None) -> str:
     return f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
 
 
-def is_of(name: str, stem: str, variant: str | None = None) -> bool:
-    """Whether a file holds weights of this stem and variant, whole or in parts, or is their index."""
-    start = re.escape(stem + (f".{variant}" if variant else ""))
-    return name == index_of(stem, variant) or bool(re.fullmatch(rf"{start}(-\d{{5}}-of-\d{{5}})?\.safetensors", name))
+def is_of(name: str, variant: str | None = None) -> bool:
+    """Whether a file holds weights of this variant, whole or in parts, or is their index."""
+    start = f"({'|'.join(STEMS)}){re.escape(f'.{variant}' if variant else '')}"
+    parts = rf"{start}(-\d{{5}}-of-\d{{5}})?\.safetensors"
+    return name in [index_of(stem, variant) for stem in STEMS] or bool(re.fullmatch(parts, name))

@@ -16,7 +16,7 @@ import numpy as np
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.folder import some
 from diffjax.convert.weights.layout import Place, layout, split
-from diffjax.convert.weights.names import STEMS, index_of, is_of, weights_of
+from diffjax.convert.weights.names import PARAMS, STEMS, index_of, is_of, weights_of
 from diffjax.convert.weights.tensors import Source, writing
 from diffjax.core.types import Model
 from diffjax.files import replacing
@@ -84,9 +84,12 @@ def _reader(place: Place, leaf, i: int, dtype) -> Callable[[], np.ndarray]:
 
 def write_folder(
     folder: str | os.PathLike, config: Mapping[str, Any], tensors: Mapping[str, Source], *, variant: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES, params: bool = False,
 ) -> None:  # fmt: skip
     """Writes tensors, one in memory at a time, and the config of their network; see `save`.
+
+    Args:
+      params: whether they are under the names of the parameters, `a/b/kernel`.
 
     Raises:
       ValueError: for a file size below 1.
@@ -97,7 +100,7 @@ def write_folder(
         raise ValueError(f"shard_bytes={shard_bytes}: expected at least 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = STEMS["architectures" in config]
+    stem = PARAMS if params else STEMS["architectures" in config]
     shards = _shards(tensors, shard_bytes)
     files = {weights_of(stem, variant, i, len(shards)): shard for i, shard in enumerate(shards)}
     texts = {"config.json": json.dumps(dict(config), indent=2, sort_keys=True)}
@@ -114,9 +117,9 @@ def write_folder(
             file.flush()
         for name, shard in files.items():
             moves.enter_context(writing(folder / name, shard, {"format": "pt"}))
-    # A reader would take an older index for that of these files.
+    # A reader would take an older index, or weights of an older config, for those of this one.
     for path in list(folder.iterdir()):
-        if is_of(path.name, stem, variant) and path.name not in (*files, *texts):
+        if is_of(path.name, variant) and path.name not in (*files, *texts):
             path.unlink()
 
 

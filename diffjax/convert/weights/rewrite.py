@@ -1,0 +1,133 @@
+"""Folders of weights written again: in another type, in other files, or under the names of this library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.folder import read_config, some, type_of
+from diffjax.convert.weights.layout import Place, layout, read, split
+from diffjax.convert.weights.survey import Survey, survey
+from diffjax.convert.weights.tensors import Source, Tensor
+from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
+from diffjax.models import NETWORKS
+
+# Whose names the tensors get: those of the checkpoint's class, or `a/b/kernel` as in `params.safetensors`.
+KEYS = ("diffusers", "params")
+
+
+def rewrite(
+    source: str | os.PathLike, target: str | os.PathLike, *, dtype: str | None = None, variant: str | None = None,
+    shard_bytes: int = SHARD_BYTES, keys: str | None = None, overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:  # fmt: skip
+    """Writes the network of the folder `source` into the folder `target`; one tensor is in memory at a time.
+
+    Networks of a class that is not known here keep their tensors' names, and are not checked.
+
+    Args:
+      source: with `config.json` and weights, as `load` reads them.
+      target: a folder; made if absent.
+      dtype: of the tensors of floating point; None for their own.
+      variant: of the files of `source`; those of `target` have none.
+      shard_bytes: most bytes of tensors in one file.
+      keys: one of `KEYS`; None for those that the source has.
+      overwrite: whether `target` may hold files; its config and weights are replaced.
+      progress: called with the bytes written so far, and of all.
+
+    Raises:
+      WeightsError: as `load`; or for a target with files in it.
+      ValueError: for an unknown name, or names that this class does not have.
+      OSError: disk full, folder read-only; what was in `target` is whole.
+    """
+    check_target(target, overwrite)
+    if keys not in (None, *KEYS):
+        raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
+    found = survey(source, variant)
+    if not found.tensors:
+        raise WeightsError(f"{source}: a config without weights")
+    if found.report and any(found.report):
+        raise WeightsError(f"{source}: not the parameters of its {found.kind}: {found.report}")
+    sources = _renamed(found, keys, dtype) if found.model else _kept(found, keys, dtype)
+    params = keys == "params" if keys else _is_own(found.tensors)
+    write_folder(
+        target, read_config(Path(source)), watched(sources, progress), shard_bytes=shard_bytes, params=params
+    )
+
+
+def check_target(target: str | os.PathLike, overwrite: bool) -> None:
+    """Raises `WeightsError` for a folder with files in it, unless these may be replaced."""
+    held = sorted(os.listdir(target)) if os.path.isdir(target) else []
+    if held and not overwrite:
+        raise WeightsError(f"{target}: it holds {some(held, 3)}; name another folder, or allow to overwrite")
+
+
+def watched(sources: Mapping[str, Source], progress: Callable[[int, int], None]) -> dict[str, Source]:
+    """The same tensors, that tell `progress(done, total)` when one was read."""
+    total, done = sum(source.nbytes for source in sources.values()), [0]
+
+    def reader(source):
+        def read():
+            array = source.read()
+            done[0] += source.nbytes
+            progress(done[0], total)
+            return array
+
+        return read
+
+    return {name: source._replace(read=reader(source)) for name, source in sources.items()}
+
+
+def _is_own(tensors):
+    return any("/" in name for name in tensors)
+
+
+def _kept(found: Survey, keys, dtype):
+    if keys and (keys == "params") != _is_own(found.tensors):
+        raise ValueError(
+            f"{found.path}: keys={keys!r} needs a class that is known here, not {found.kind!r}; known: "
+            f"{', '.join(NETWORKS)}"
+        )
+    return {name: _as_it_is(tensor, cast(tensor.dtype, dtype)) for name, tensor in found.tensors.items()}
+
+
+def _as_it_is(tensor: Tensor, dtype) -> Source:
+    return Source(dtype, tensor.shape, lambda: tensor.part().astype(dtype, copy=False))
+
+
+def _renamed(found: Survey, keys, dtype) -> dict[str, Source]:
+    """The tensors of a network that is known, under the names that are asked for."""
+    from_own = _is_own(found.tensors)
+    if keys is None or (keys == "params") == from_own:
+        return {key: _as_it_is(found.tensors[key], cast(found.tensors[key].dtype, dtype)) for key in found.tensors}
+    sources: dict[str, Source] = {}
+    for name, shape in found.shapes.items():
+        if from_own:
+            place, tensor = layout({name: shape})[name], found.tensors[name]
+            for i, key in enumerate(place.keys):
+                kept = cast(tensor.dtype, dtype)
+                sources[key] = Source(kept, place.shape, _layer(place, tensor, i, kept))
+        else:
+            place = found.places[name]
+            kept = type_of(place, found.tensors, dtype)
+            sources[name] = Source(kept, tuple(shape.shape), _whole(place, found.tensors, kept))
+    return sources
+
+
+def _layer(place: Place, tensor: Tensor, i: int, dtype) -> Callable[[], np.ndarray]:
+    one = place._replace(keys=place.keys[i : i + 1])
+
+    def read():
+        part = tensor.part((slice(i, i + 1),)) if place.stacked else tensor.part()
+        return next(iter(split(one, part).values())).astype(dtype, copy=False)
+
+    return read
+
+
+def _whole(place: Place, tensors: Mapping[str, Tensor], dtype) -> Callable[[], np.ndarray]:
+    return lambda: read(place, tensors, (), jnp.dtype(dtype))

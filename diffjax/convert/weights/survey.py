@@ -1,0 +1,102 @@
+"""What a folder of weights holds: its network, its tensors and whether they fit, without reading them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.folder import Report, build, compare, find, match, read_config, read_json
+from diffjax.convert.weights.layout import Place
+from diffjax.convert.weights.tensors import Tensor
+from diffjax.core.types import Model
+from diffjax.models import NETWORKS, kind_of
+from diffjax.nn.functional import names_of
+
+PIPELINE = "model_index.json"
+PIECE = 1 << 22
+
+
+class Survey(NamedTuple):
+    """A network in a folder.
+
+    Attributes:
+      path: the folder, or file.
+      kind: its class; "" for a file without a config.
+      tensors: of the file by today's names; empty for a config alone.
+      model: the network; None if its class is not known here.
+      shapes: of its parameters by name; empty if its class is not known here.
+      places: where these lie among the tensors.
+      report: how tensors and parameters differ; None if there are none of either.
+    """
+
+    path: Path
+    kind: str
+    tensors: Mapping[str, Tensor]
+    model: Model | None
+    shapes: Mapping[str, Any]
+    places: Mapping[str, Place]
+    report: Report | None
+
+
+def survey(path: str | os.PathLike, variant: str | None = None) -> Survey:
+    """What lies in a folder with a `config.json`, weights, or both, or in one file; nothing but headers is read.
+
+    Raises:
+      WeightsError: for damaged files and pickles.
+      ValueError: for a config of a class of `NETWORKS` that it does not take.
+      OSError: if something cannot be read.
+    """
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    config = read_config(path) if not path.is_file() or (folder / "config.json").is_file() else None
+    kind = "" if config is None else kind_of(config)
+    tensors: Mapping[str, Tensor] = {}
+    if path.is_file() or variant or holds_weights(path):
+        tensors = find(path, variant)
+    if kind not in NETWORKS:
+        return Survey(path, kind, tensors, None, {}, {}, None)
+    model, tree = build(config, path)
+    shapes = names_of(tree)
+    places, tensors = match(kind, tensors, shapes)
+    return Survey(path, kind, tensors, model, shapes, places, compare(places, tensors, shapes) if tensors else None)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has a file of weights, a pickle as well."""
+    return any(p.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".ckpt")) for p in folder.iterdir())
+
+
+def components(folder: str | os.PathLike) -> dict[str, str]:
+    """The parts of a pipeline with a `model_index.json`, and their classes; those without a folder are left out.
+
+    Raises:
+      WeightsError: if the file is none of a pipeline.
+      OSError: if it cannot be read.
+    """
+    folder = Path(folder)
+    parts = {}
+    for name, value in read_json(folder / PIPELINE).items():
+        pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+        if pair and not name.startswith("_"):
+            if name != os.path.basename(name) or name in ("", ".", ".."):
+                raise WeightsError(f"{folder / PIPELINE}: {name[:200]!r} is no name of a folder inside")
+            if (folder / name).is_dir():
+                parts[name] = value[1]
+    return parts
+
+
+def unusual(tensor: Tensor) -> int:
+    """How many numbers of a tensor are NaN or infinite; all of it is read, a piece at a time."""
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return 0
+    size = math.prod(tensor.shape)
+    flat = tensor._replace(shape=(size,))
+    pieces = (flat.part((slice(i, i + PIECE),)) for i in range(0, size, PIECE))
+    return sum(int(np.count_nonzero(~np.isfinite(piece))) for piece in pieces)

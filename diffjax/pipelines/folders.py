@@ -1,0 +1,253 @@
+"""`diffjax inspect FOLDER` and `diffjax convert`: folders of weights, looked at and written again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from diffjax.convert.weights import WeightsError, rewrite, save
+from diffjax.convert.weights.folder import some, type_of
+from diffjax.convert.weights.rewrite import KEYS, check_target, watched
+from diffjax.convert.weights.survey import PIPELINE, Survey, components, survey, unusual
+from diffjax.convert.weights.tensors import Source
+from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
+from diffjax.models import NETWORKS
+from diffjax.train.checkpoint.params import CHECKPOINTS
+from diffjax.train.describe import size_text
+from diffjax.train.survival.workdir import CONFIG_FILE
+
+LARGEST = 8
+
+
+class Entry(NamedTuple):
+    """A tensor or a parameter as `describe_folder` counts it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether a folder is the workdir of a training run."""
+    return Path(folder, CONFIG_FILE).is_file() and Path(folder, CHECKPOINTS).is_dir()
+
+
+def describe_folder(
+    folder: str | os.PathLike, *, variant: str | None = None, dtype: str | None = None, mesh: str | None = None,
+    sharding: str | None = None, values: bool = False,
+) -> tuple[str, bool]:  # fmt: skip
+    """What a checkpoint, a config, a file of weights or a pipeline holds, as text, and whether all of it fits.
+
+    Nothing is allocated, and of the weights nothing but headers is read, unless `values` is set.
+
+    Args:
+      variant: of the files, such as "fp16".
+      dtype: count parameters of floating point as if they were of this type; None for that of the file, or float32.
+      mesh: such as "fsdp=8", of any size: adds the bytes on each device.
+      sharding: "data", "fsdp" or "rules"; default "rules".
+      values: read all weights, and count what is NaN or infinite.
+
+    Raises:
+      WeightsError: for damaged files and pickles.
+      ValueError: for a config that is not supported, or a mesh or sharding that there is not.
+      OSError: if something cannot be read.
+    """
+    settings = dict(dtype=_dtype(dtype), mesh=mesh, sharding=sharding, values=values)
+    if Path(folder, PIPELINE).is_file():
+        return _pipeline(Path(folder), variant, settings)
+    return _one(survey(folder, variant), **settings)
+
+
+def _pipeline(folder, variant, settings):
+    rows, sound = [("component", "class", "parameters", "bytes", "weights")], True
+    for name, kind in components(folder).items():
+        if not any((folder / name / file).is_file() for file in ("config.json", f"model.{variant}.safetensors")):
+            rows.append((name, kind, "", "", "no network"))
+            continue
+        try:
+            found = survey(folder / name, variant)
+            entries = _entries(found, settings["dtype"])
+            told = _verdict(found)
+        except (ValueError, OSError) as error:
+            rows.append((name, kind, "?", "?", " ".join(str(error).split())))
+            sound = False
+            continue
+        sound &= not (found.report and any(found.report))
+        rows.append((name, kind, f"{sum(e.count for e in entries):,}", size_text(_total(entries)), told))
+    return f"pipeline {folder}\n{_table(rows)}\n", sound
+
+
+def _one(found: Survey, *, dtype, mesh, sharding, values):
+    entries = _entries(found, dtype)
+    by_type = Counter()
+    for entry in entries:
+        by_type[str(entry.dtype)] += entry.nbytes
+    types = ", ".join(f"{name} {size_text(count)}" for name, count in by_type.most_common())
+    files = sorted({tensor.path.name for tensor in found.tensors.values()})
+    rows = [
+        ("class", found.kind or "no config beside the file"),
+        ("files", some(files, 3) or "no weights"),
+        ("parameters", f"{sum(entry.count for entry in entries):,}"),
+        ("bytes", f"{size_text(_total(entries))}: {types}" if types else "none"),
+        ("weights", _verdict(found)),
+    ]
+    text = _table([(str(found.path), ""), *rows]) + "\n\n"
+    largest = sorted(entries, key=lambda entry: -entry.nbytes)[:LARGEST]
+    shown = [(e.name[:100], str(list(e.shape)), str(e.dtype), size_text(e.nbytes)) for e in largest]
+    text += _table([("largest", "shape", "dtype", "bytes"), *shown]) + "\n"
+    sound = not (found.report and any(found.report))
+    if values:
+        bad = {name: count for name, tensor in _watch(found.tensors) if (count := unusual(tensor))}
+        told = some([f"{name} ({count:,})" for name, count in bad.items()])
+        text += f"\nNaN or infinite: {told or 'nothing'}\n"
+        sound &= not bad
+    return text + (_spread(found, entries, mesh, sharding) if mesh else ""), sound
+
+
+def _entries(found: Survey, dtype) -> list[Entry]:
+    """The parameters of a network that is known and whose weights fit, else the tensors."""
+    if not found.shapes or (found.report and any(found.report)):
+        return [Entry(name, t.shape, cast(t.dtype, dtype)) for name, t in found.tensors.items()]
+    types = {
+        name: type_of(place, found.tensors, dtype) if found.tensors else cast(found.shapes[name].dtype, dtype)
+        for name, place in found.places.items()
+    }
+    return [Entry(name, tuple(shape.shape), types[name]) for name, shape in found.shapes.items()]
+
+
+def _verdict(found: Survey) -> str:
+    if found.report is None:
+        return "not compared: the class is not known here" if found.model is None else "none: a config alone"
+    return f"do not fit: {found.report}" if any(found.report) else "fit, each parameter once"
+
+
+def _spread(found: Survey, entries, mesh, mode):
+    """The bytes on each device of a mesh that need not be here."""
+    from jax.sharding import AbstractMesh
+
+    from diffjax.train.parallel.sharding import param_sharding, parse_mesh
+
+    axes = parse_mesh(mesh)
+    if not axes or min(axes.values()) < 1:
+        raise ValueError(f"--mesh={mesh}: the size of every axis is needed, as in --mesh='data=4,fsdp=8'")
+    if found.model is None or len(entries) != len(found.shapes):
+        raise ValueError(f"{found.path}: --mesh needs a network that is known here, and weights that fit it")
+    mode = mode or "rules"
+    devices = AbstractMesh(tuple(axes.values()), tuple(axes))
+    places = param_sharding(devices, dict(found.shapes), found.model.rules, mode)
+    parts = {e.name: e._replace(shape=places[e.name].shard_shape(e.shape)) for e in entries}
+    whole = sum(e.nbytes for e in entries if parts[e.name].count == e.count)
+    return (
+        f"\nmesh {mesh}, sharding {mode!r}: {size_text(_total(parts.values()))} of parameters on each of "
+        f"{math.prod(axes.values())} devices, {size_text(whole)} of them not split\n"
+    )
+
+
+def _dtype(name):
+    if name is not None and (name not in jnp.__dict__ or not jnp.issubdtype(jnp.dtype(name), jnp.floating)):
+        raise ValueError(f"--dtype={name}: expected a type of floating point, such as bfloat16 or float16")
+    return name
+
+
+def _total(entries) -> int:
+    return sum(entry.nbytes for entry in entries)
+
+
+def _table(rows) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _watch(tensors) -> Iterator:
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with _bar("reading", total) as progress:
+        done = 0
+        for name, tensor in tensors.items():
+            yield name, tensor
+            done += tensor.nbytes
+            progress(done, total)
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+    with tqdm(desc=what, unit="B", unit_scale=True, total=total, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def convert(
+    source: str, target: str, *, dtype: str | None = None, variant: str | None = None, shard_gb: float | None = None,
+    keys: str | None = None, ema: str | None = None, step: int | str | None = None, overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Writes the network of a checkpoint folder, or of a training run, into another folder.
+
+    Args:
+      source: as for `diffjax.convert.weights.rewrite`, or the workdir of a run.
+      target, dtype, variant, keys, overwrite: as for `diffjax.convert.weights.rewrite`.
+      shard_gb: most GB of tensors in one file.
+      ema, step: of a run, which average and which checkpoint; see `diffjax.train.state.load_run`.
+
+    Raises:
+      WeightsError: as `rewrite`.
+      ValueError: for an unknown name, or a run whose network has no class in `NETWORKS`, unless `keys` is "params".
+      OSError: disk full, folder read-only; what was in `target` is whole.
+    """
+    _dtype(dtype)
+    shard_bytes = SHARD_BYTES if shard_gb is None else round(shard_gb * 1e9)
+    if shard_bytes < 1:
+        raise ValueError(f"--shard-gb={shard_gb:g}: expected more than 0")
+    with _bar("converting") as progress:
+        if is_run(source):
+            _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress)
+            return
+        if ema or step is not None:
+            raise ValueError(f"{source} is no run and has no averages or steps to choose from")
+        given = dict(dtype=dtype, variant=variant, shard_bytes=shard_bytes, keys=keys)
+        rewrite(source, target, **given, overwrite=overwrite, progress=progress)
+
+
+def _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress):
+    from diffjax.train import paths
+    from diffjax.train.state import load_run
+
+    check_target(target, overwrite)
+    if keys not in (None, *KEYS):
+        raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
+    run = load_run(source, ema=ema, step=step, items=False)
+    kind = run.model.config.get("_class_name")
+    if keys == "params":
+        leaves = {name: np.asarray(leaf) for name, leaf in paths.named_leaves(run.params).items()}
+        types = {name: cast(leaf.dtype, dtype) for name, leaf in leaves.items()}
+        sources = {
+            name: Source(types[name], leaf.shape, lambda leaf=leaf, kept=types[name]: leaf.astype(kept, copy=False))
+            for name, leaf in leaves.items()
+        }
+        write_folder(target, run.model.config, watched(sources, progress), shard_bytes=shard_bytes, params=True)
+    elif kind in NETWORKS:
+        save(run.model, run.params, target, dtype=dtype, shard_bytes=shard_bytes)
+    else:
+        raise WeightsError(
+            f"{source}: its network {run.config.model.name!r} is of no class that checkpoints have "
+            f"({', '.join(NETWORKS)}); --keys=params writes it for config.init_from"
+        )

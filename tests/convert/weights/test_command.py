@@ -1,0 +1,246 @@
+"""`diffjax inspect FOLDER` and `diffjax convert`, as a user meets them."""
+
+import io
+import json
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax import cli
+from diffjax.convert import load, save
+from diffjax.convert.weights.folder import find
+from diffjax.convert.weights.survey import unusual
+from diffjax.convert.weights.tensors import Source, read_header, write
+from diffjax.models import from_config
+from diffjax.nn.functional import names_of
+
+CONFIG = {
+    "_class_name": "DiTTransformer2DModel", "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3,
+    "sample_size": 8, "num_embeds_ada_norm": 5,
+}  # fmt: skip
+ONE = "diffusion_pytorch_model.safetensors"
+
+
+def run(capsys, *argv):
+    code = cli.main([str(item) for item in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model = from_config(CONFIG)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    where = tmp_path_factory.mktemp("dit") / "transformer"
+    save(model, jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes), where)
+    return where
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def row(out, name):
+    return next(line for line in out.splitlines() if line.startswith(name)).removeprefix(name).strip()
+
+
+def test_inspect_counts_a_checkpoint(capsys, folder):
+    code, out, _ = run(capsys, "inspect", folder)
+    tensors = find(folder)
+    count = sum(tensor.nbytes // 4 for tensor in tensors.values())
+    assert code == 0 and row(out, "class") == "DiTTransformer2DModel" and row(out, "files") == ONE
+    assert row(out, "parameters") == f"{count:,}" and "float32" in row(out, "bytes")
+    assert row(out, "weights") == "fit, each parameter once"
+    # The modulation is the largest: 3 layers of 16 x 96.
+    assert row(out, "transformer_blocks/0:3/norm1/linear/kernel").split() == "[3, 16, 96] float32 18 KiB".split()
+    assert row(run(capsys, "inspect", folder / ONE)[1], "parameters") == f"{count:,}"
+
+
+def test_inspect_plans_a_config_without_weights(capsys, tmp_path):
+    # As large as the largest networks that are published.
+    config = CONFIG | {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 57}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    start = time.perf_counter()
+    code, out, _ = run(capsys, "inspect", tmp_path, "--mesh=fsdp=8", "--dtype=bfloat16")
+    assert code == 0 and time.perf_counter() - start < 30
+    assert row(out, "weights") == "none: a config alone" and row(out, "files") == "no weights"
+    count = int(row(out, "parameters").replace(",", ""))
+    assert count > 5e9 and row(out, "bytes") == f"{count * 2 / 2**30:.4g} GiB: bfloat16 {count * 2 / 2**30:.4g} GiB"
+    # By its rules all matrices are split: an eighth, and what is not.
+    each = float(row(out, "mesh fsdp=8, sharding 'rules':").split()[0])
+    assert count * 2 / 8 < each * 2**30 < 1.02 * count * 2 / 8
+    code, out, _ = run(capsys, "inspect", tmp_path, "--mesh=data=4", "--sharding=data")
+    assert code == 0 and f"{count * 4 / 2**30:.4g} GiB of parameters on each of 4 devices" in out
+
+
+def test_inspect_says_what_does_not_fit(capsys, folder, tmp_path):
+    arrays = {name: np.array(tensor.open()) for name, tensor in find(folder).items()}
+    arrays["more"] = arrays.pop("proj_out_1.bias")
+    arrays["proj_out_1.weight"][3, 5] = np.nan
+    write(tmp_path / ONE, {k: Source(a.dtype, a.shape, lambda a=a: a) for k, a in arrays.items()}, {})
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    code, out, _ = run(capsys, "inspect", tmp_path)
+    assert code == 1
+    assert row(out, "weights") == "do not fit: 1 missing: proj_out_1.bias; 1 unexpected: more"
+    code, out, _ = run(capsys, "inspect", tmp_path, "--values")
+    assert code == 1 and row(out, "NaN or infinite:") == "proj_out_1.weight (1)"
+    code, _, err = run(capsys, "inspect", tmp_path, "--mesh=fsdp=2")
+    assert code == 2 and "weights that fit" in err
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Other"}))
+    code, out, _ = run(capsys, "inspect", tmp_path)
+    assert code == 0 and row(out, "weights") == "not compared: the class is not known here"
+    os.remove(tmp_path / "config.json")
+    code, out, _ = run(capsys, "inspect", tmp_path / ONE)
+    assert code == 0 and row(out, "class") == "no config beside the file"
+
+
+def test_values_that_are_no_numbers_are_counted(tmp_path):
+    arrays = {"a": np.arange(5, dtype=np.int32), "b": np.array(np.inf, np.float16), "c": np.full((2, 3), np.nan)}
+    arrays["d"], arrays["e"] = arrays["c"].astype(jnp.bfloat16), np.zeros((0, 3), np.float32)
+    write(tmp_path / "a.safetensors", {k: Source(a.dtype, a.shape, lambda a=a: a) for k, a in arrays.items()}, {})
+    found = {name: unusual(tensor) for name, tensor in read_header(tmp_path / "a.safetensors")[0].items()}
+    assert found == {"a": 0, "b": 1, "c": 6, "d": 6, "e": 0}
+
+
+def test_inspect_lists_the_parts_of_a_pipeline(capsys, folder, tmp_path):
+    for name, config in {"vae": {"_class_name": "Other"}, "scheduler": None, "broken": {}}.items():
+        (tmp_path / name).mkdir()
+        if config is not None:
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "transformer").symlink_to(folder)
+    parts = {
+        "_class_name": "Pipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "Other"],
+        "scheduler": ["diffusers", "DDIMScheduler"], "safety": [None, None], "id2label": {"0": "a"},
+    }  # fmt: skip
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps(parts))
+    code, out, _ = run(capsys, "inspect", tmp_path)
+    assert code == 0 and out.startswith(f"pipeline {tmp_path}\n") and len(out.splitlines()) == 5
+    assert row(out, "transformer ").split()[0] == "DiTTransformer2DModel" and "each parameter once" in out
+    assert row(out, "scheduler").split() == ["DDIMScheduler", "no", "network"]
+    index.write_text(json.dumps(parts | {"broken": ["a", "B"]}))
+    code, out, _ = run(capsys, "inspect", tmp_path)
+    assert code == 1 and "names no class" in row(out, "broken")
+    for name in ("../x", "/etc", "..", ""):
+        index.write_text(json.dumps({name: ["a", "B"]}))
+        code, out, err = run(capsys, "inspect", tmp_path)
+        assert (code, out) == (2, "") and "is no name of a folder inside" in err
+
+
+def test_convert_changes_type_and_files_and_nothing_else(capsys, folder, tmp_path):
+    code, _, err = run(capsys, "convert", folder, tmp_path / "half", "--dtype=bfloat16", "--shard-gb=0.00001")
+    assert (code, err) == (0, "")
+    assert len(list((tmp_path / "half").glob("*-of-*.safetensors"))) > 2
+    whole = load(folder)[1]
+    same(load(tmp_path / "half")[1], jax.tree.map(lambda a: a.astype(jnp.bfloat16), whole))
+    assert json.loads((tmp_path / "half" / "config.json").read_text()) == CONFIG
+    assert run(capsys, "convert", folder, tmp_path / "again")[0] == 0
+    assert (tmp_path / "again" / ONE).read_bytes() == (folder / ONE).read_bytes()
+    # In place.
+    assert run(capsys, "convert", tmp_path / "half", tmp_path / "half", "--overwrite", "--dtype=float32")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "half").iterdir()) == ["config.json", ONE]
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), whole)
+    same(load(tmp_path / "half")[1], rounded)
+    save(from_config(CONFIG), whole, tmp_path / "fp16", dtype="float16", variant="fp16")
+    assert run(capsys, "convert", tmp_path / "fp16", tmp_path / "plain", "--variant=fp16")[0] == 0
+    same(load(tmp_path / "plain")[1], load(tmp_path / "fp16", variant="fp16")[1])
+
+
+def test_convert_to_parameters_and_back(capsys, folder, tmp_path):
+    from diffjax.train.checkpoint.init_from import of_safetensors
+
+    assert run(capsys, "convert", folder, tmp_path / "params", "--keys=params")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "params").iterdir()) == ["config.json", "params.safetensors"]
+    whole = load(folder)[1]
+    leaves = of_safetensors(tmp_path / "params" / "params.safetensors")
+    for name, leaf in names_of(whole).items():
+        np.testing.assert_array_equal(leaves[name].read(()), leaf)
+    same(load(tmp_path / "params")[1], whole)
+    assert "fit, each parameter once" in run(capsys, "inspect", tmp_path / "params")[1]
+    for keys, made in (((), "params.safetensors"), (("--keys=diffusers",), ONE)):
+        target = tmp_path / f"back{len(keys)}"
+        assert run(capsys, "convert", tmp_path / "params", target, *keys)[0] == 0
+        source = (tmp_path / "params" if not keys else folder) / made
+        assert (target / made).read_bytes() == source.read_bytes()
+    # Weights under the other names are no longer those of the folder.
+    assert run(capsys, "convert", folder, tmp_path / "params", "--overwrite")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "params").iterdir()) == ["config.json", ONE]
+
+
+def test_convert_takes_classes_that_are_not_known(capsys, tmp_path):
+    arrays = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.arange(3)}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"architectures": ["Other"]}')
+    name = "model.safetensors"
+    write(tmp_path / "other" / name, {k: Source(a.dtype, a.shape, lambda a=a: a) for k, a in arrays.items()}, {})
+    assert run(capsys, "convert", tmp_path / "other", tmp_path / "half", "--dtype=float16")[0] == 0
+    found = read_header(tmp_path / "half" / name)[0]
+    assert found["a.weight"].dtype == np.float16 and found["n"].dtype == np.int64
+    np.testing.assert_array_equal(found["a.weight"].open(), arrays["a.weight"])
+    code, _, err = run(capsys, "convert", tmp_path / "other", tmp_path / "p", "--keys=params")
+    assert code == 2 and "needs a class that is known here, not 'Other'" in err and not (tmp_path / "p").exists()
+
+
+@pytest.mark.slow
+def test_convert_takes_the_weights_of_a_run(capsys, tmp_path):
+    from ml_collections import ConfigDict
+
+    from diffjax.train import loop
+    from diffjax.train.state import load_run
+
+    model = dict(name="mlp", width=8, depth=1)
+    optim = dict(name="adam", lr=1e-2)
+    config = dict(data="digits()", batch_size=8, num_steps=1, ema=("decay(0.5)",), model=model, optim=optim)
+    workdir = str(tmp_path / "run")
+    loop.train(ConfigDict(config), workdir, stream=io.StringIO())
+    for flags, ema in (((), "decay(0.5)"), (("--ema=raw",), "raw")):
+        target = tmp_path / ema
+        assert run(capsys, "convert", workdir, target, "--keys=params", *flags)[0] == 0
+        found = read_header(target / "params.safetensors")[0]
+        wanted = names_of(load_run(workdir, ema=ema).params)
+        assert found.keys() == wanted.keys()
+        assert all(found[name].open().tobytes() == np.asarray(leaf).tobytes() for name, leaf in wanted.items())
+    code, _, err = run(capsys, "convert", workdir, tmp_path / "other")
+    assert code == 2 and "'mlp' is of no class that checkpoints have" in err and "--keys=params" in err
+    # The same as with --workdir.
+    assert run(capsys, "inspect", workdir, "--fast") == run(capsys, "inspect", f"--workdir={workdir}", "--fast")
+
+
+@pytest.mark.parametrize(
+    "argv, code, words",
+    [
+        (["convert"], 2, "two folders are needed"),
+        (["convert", "{0}"], 2, "two folders are needed"),
+        (["convert", "{0}", "{0}"], 2, "it holds config.json, diffusion_pytorch_model.safetensors"),
+        (["convert", "{0}", "{1}", "--dtype=int8"], 2, "expected a type of floating point"),
+        (["convert", "{0}", "{1}", "--dtype=half"], 2, "expected a type of floating point"),
+        (["convert", "{0}", "{1}", "--keys=mine"], 2, "unknown keys 'mine'; known: diffusers, params"),
+        (["convert", "{0}", "{1}", "--shard-gb=0"], 2, "expected more than 0"),
+        (["convert", "{0}", "{1}", "--variant=fp16"], 2, "no weights with variant 'fp16'"),
+        (["convert", "{0}", "{1}", "--ema=raw"], 2, "is no run"),
+        (["convert", "{0}", "{1}", "--dtyp=float16"], 2, "did you mean '--dtype'"),
+        (["convert", "{0}", "{1}", "--config.seed=1"], 2, "convert takes no config"),
+        (["convert", "{1}", "{0}/x"], 1, "no config.json"),
+        (["inspect", "{1}"], 1, "no config.json"),
+        (["inspect", "{0}", "--fast"], 2, "--fast is for configs and runs"),
+        (["inspect", "{0}", "--config=x.py"], 2, "--config is for configs and runs"),
+        (["inspect", "{0}", "--config.seed=1"], 2, "--config.seed is for configs and runs"),
+        (["inspect", "{0}", "--sharding=fsdp"], 2, "--sharding needs a mesh"),
+        (["inspect", "{0}", "--mesh=fsdp=-1"], 2, "the size of every axis is needed"),
+        (["inspect", "{0}", "--mesh=fsdp=2", "--sharding=all"], 2, "unknown sharding 'all'"),
+        (["inspect", "--values"], 2, "--values belongs to a folder of weights"),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_one_line(capsys, folder, tmp_path, argv, code, words):
+    before = sorted(os.listdir(folder))
+    given = [item.format(folder, tmp_path / "gone") for item in argv]
+    found, out, err = run(capsys, *given)
+    assert (found, out) == (code, "") and err.startswith("diffjax: ") and err.count("\n") == 1
+    assert words in err
+    assert sorted(os.listdir(folder)) == before and not (tmp_path / "gone").exists()
