@@ -19,7 +19,8 @@ ALLOWED = {
     "sampling": {"diffjax.core", "diffjax.sampling"},
     "guidance": {"diffjax.core", "diffjax.guidance"},
     "convert": {
-        "scipy", "diffjax.core", "diffjax.sampling", "diffjax.models", "diffjax.nn.functional", "diffjax.convert",
+        "scipy", "diffjax.core", "diffjax.sampling", "diffjax.models", "diffjax.nn.functional", "diffjax.adapters",
+        "diffjax.convert",
     },
     "nn": {"flax", "diffjax.nn"},
     "models": {"flax", "diffjax.nn", "diffjax.models", "diffjax.core.types", "diffjax.registry"},

@@ -1,0 +1,51 @@
+"""Names of the modules of UNet2DConditionModel in Stability's own code (generative-models), which kohya's scripts use
+for SDXL."""
+
+from __future__ import annotations
+
+import re
+
+ENDS = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+INNER = {
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"
+}  # fmt: skip
+# The numbers of both kinds of layers among those of a block.
+KINDS = {"resnets": 0, "attentions": 1}
+BLOCK = re.compile(r"(down_blocks\.(\d+)|mid_block|up_blocks\.(\d+))\.(\w+)\.(\d+)\.(.+)")
+
+
+def sgm_name(module: str, layers_per_block: int) -> str | None:
+    """The name there of a module such as "down_blocks.1.attentions.0.proj_in"; None for one that has none.
+
+    Blocks are numbered through there: the first convolution, then the layers of each block, then its change of
+    resolution. An upsampler follows the attention of its layer and its number there depends on whether there is one;
+    it is given here for SDXL's blocks, which have one.
+    """
+    if module in ENDS:
+        return ENDS[module]
+    match = BLOCK.fullmatch(module)
+    if match is None or not isinstance(layers_per_block, int):
+        return None
+    _, down, up, kind, layer, rest = match.groups()
+    layer = int(layer)
+    if down is not None:
+        first = 1 + int(down) * (layers_per_block + 1)
+        if kind == "downsamplers":
+            return f"input_blocks.{first + layers_per_block}.0.op"
+        place = f"input_blocks.{first + layer}"
+    elif up is not None:
+        first = int(up) * (layers_per_block + 1)
+        if kind == "upsamplers":
+            return f"output_blocks.{first + layers_per_block}.2.conv"
+        place = f"output_blocks.{first + layer}"
+    else:
+        place = "middle_block"
+    if kind not in KINDS:
+        return None
+    number = 2 * layer + KINDS[kind] if place == "middle_block" else KINDS[kind]
+    head, _, tail = rest.partition(".")
+    return f"{place}.{number}.{'.'.join(filter(None, (INNER.get(head, head), tail)))}"

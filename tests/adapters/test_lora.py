@@ -1,0 +1,242 @@
+"""Low-rank adaptation: identities, gradients, and what peft and diffusers make of the same files."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from networks.dit import CASES
+
+from diffjax.adapters import lora
+from diffjax.convert import WeightsError
+from diffjax.convert.weights.layout import layout
+from diffjax.convert.weights.lora import METADATA, load_lora, lora_components, save_lora, targets_of
+from diffjax.convert.weights.tensors import Source, read_header, write
+from diffjax.models import dit, from_config
+from diffjax.nn.functional import names_of
+
+GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "adapters"
+TOLERANCE = dict(atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return dict(np.load(GOLDEN / "lora.npz"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return from_config({"_class_name": "DiTTransformer2DModel", **CASES["dit"].config})
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    leaves = []
+    for place in layout(names_of(shapes)).values():
+        parts = [networks.weight(key, place.shape).transpose(place.axes) for key in place.keys]
+        leaves.append(jnp.asarray(np.stack(parts) if place.stacked else parts[0]))
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+@pytest.fixture(scope="module")
+def output(model, run):
+    given = [run[f"in/{name}"] for name in "xty"]
+    return jax.jit(lambda params, adapters: model.apply(lora.apply(params, adapters), *given))
+
+
+FILES = {"diffusers": "diffusers.safetensors", "peft": "peft", "kohya": "kohya.safetensors"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_adapter_is_that_of_peft(name, model, params, output, run):
+    adapter = load_lora(GOLDEN / FILES[name], model)
+    wanted = run[f"out/{name}"]
+    # What the adapter adds is not small beside the output.
+    assert np.std(wanted - run["out/base"]) > 0.05 * np.std(wanted)
+    np.testing.assert_allclose(output(params, [(adapter, 1.0)]), wanted, **TOLERANCE)
+
+
+def test_two_adapters_with_weights_and_fused(model, params, output, run):
+    one, two = (load_lora(GOLDEN / FILES[name], model) for name in ("diffusers", "peft"))
+    np.testing.assert_allclose(output(params, [(one, 0.7), (two, -0.4)]), run["out/both"], **TOLERANCE)
+    fused = lora.fuse(params, [(one, 0.35), (two, -0.2)])
+    np.testing.assert_allclose(output(fused, []), run["out/fused"], **TOLERANCE)
+    back = lora.unfuse(fused, [(one, 0.35), (two, -0.2)])
+    for name, leaf in names_of(back).items():
+        np.testing.assert_allclose(leaf, names_of(params)[name], atol=1e-6, err_msg=name)
+
+
+def test_gradients_reach_the_adapter_as_in_pytorch(model, params, run):
+    given = [run[f"in/{name}"] for name in "xty"]
+    adapter = load_lora(GOLDEN / FILES["diffusers"], model)
+
+    @jax.jit
+    @jax.grad
+    def gradient(adapter):
+        return jnp.sum(model.apply(lora.apply(params, [(adapter, 1.0)]), *given) * run["probe"])
+
+    ours = gradient(adapter)
+    assert jax.tree.structure(ours) == jax.tree.structure(adapter)
+    theirs = {name: tensor.open() for name, tensor in read_header(GOLDEN / "gradients.safetensors")[0].items()}
+    seen = set()
+    for module, target in targets_of(model).items():
+        part = dict(adapter.parts).get(target.parameter, {target.layer: None})[target.layer]
+        if not part:
+            continue
+        for slot, factor in zip("AB", ours.pairs[target.parameter], strict=True):
+            mine = np.asarray(factor[target.layer] if lora.stacked(target.parameter) else factor)
+            rest = mine[..., part.rank :] if slot == "A" else mine[part.rank :]
+            assert not rest.any()  # what fills up a smaller rank stays zero
+            mine = mine[..., : part.rank] if slot == "A" else mine[: part.rank]
+            truth = theirs[f"{module}.lora_{slot}.weight"]
+            axes = {2: (1, 0), 4: (2, 3, 1, 0)}[truth.ndim]
+            truth = truth.transpose(axes).reshape(mine.shape)
+            np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=2e-5 + 1e-4 * np.abs(truth).max(), err_msg=module)
+            seen.add(f"{module}.lora_{slot}.weight")
+    assert seen == theirs.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_saved_is_what_was_read(name, model, tmp_path):
+    adapter = load_lora(GOLDEN / FILES[name], model)
+    save_lora(adapter, model, tmp_path / "a.safetensors")
+    again = load_lora(tmp_path / "a.safetensors", model)
+    assert again.parts == adapter.parts and again.use_rslora == adapter.use_rslora
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+def test_the_saved_file_is_that_of_diffusers(model, tmp_path):
+    theirs, metadata = read_header(GOLDEN / "diffusers.safetensors")
+    save_lora(load_lora(GOLDEN / "diffusers.safetensors", model), model, tmp_path)
+    ours, mine = read_header(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {k: v.open().tobytes() for k, v in ours.items()} == {k: v.open().tobytes() for k, v in theirs.items()}
+    config, wanted = json.loads(mine[METADATA]), json.loads(metadata[METADATA])
+    assert all(config[name] == wanted[name] for name in ("r", "lora_alpha", "use_rslora", "peft_type"))
+    assert config["rank_pattern"] == {"^transformer_blocks.1.attn1.to_q": 4}
+    # The pattern of one fits the module of that number; a name of ours is the whole one.
+    assert config["alpha_pattern"] == {"^pos_embed.proj": 1, "^transformer_blocks.2.attn1.to_v": 5}
+
+
+def test_a_fresh_adapter_changes_nothing(model, params, output):
+    adapter = lora.init(jax.random.key(0), params, [r"to_(q|k)/kernel$", r"^proj_out"], rank=4)
+    assert all(pair.a.any() and not pair.b.any() for pair in adapter.pairs.values())
+    np.testing.assert_array_equal(output(params, [(adapter, 1.0)]), output(params, []))
+
+
+def test_ranks_and_alphas_by_module(params):
+    targets = [r"attn1/to_q/kernel$", r"transformer_blocks/1/attn1/to_k/kernel$", r"^pos_embed/proj/kernel$"]
+    settings = dict(ranks={r"blocks/2/.*to_q": 5}, alphas={r"pos_embed": 1.5}, use_rslora=True)
+    adapter = lora.init(jax.random.key(0), params, targets, 2, 4.0, **settings)
+    parts = dict(adapter.parts)
+    block = "transformer_blocks/0:3/attn1"
+    assert [part.rank for part in parts[f"{block}/to_q/kernel"]] == [2, 2, 5]
+    assert [part.rank for part in parts[f"{block}/to_k/kernel"]] == [0, 2, 0]
+    assert parts["pos_embed/proj/kernel"] == (lora.Part(2, 1.5),)
+    a, b = adapter.pairs[f"{block}/to_q/kernel"]
+    assert a.shape == (3, 16, 5) and b.shape == (3, 5, 16)
+    assert not a[:2, :, 2:].any() and a[2].all() and np.abs(a).max() <= 16**-0.5
+    a, b = adapter.pairs["pos_embed/proj/kernel"]
+    assert a.shape == (2, 2, 4, 2) and b.shape == (2, 16)
+    ones = jax.tree.map(jnp.ones_like, adapter)
+    # rsLoRA: alpha / sqrt(rank) times a sum over the rank.
+    np.testing.assert_allclose(lora.change(ones, "pos_embed/proj/kernel"), 1.5 / 2**0.5 * 2, rtol=1e-6)
+
+
+def test_stacks_of_the_native_transformer():
+    net = dit(shape=(4, 4, 1), width=8, depth=2, heads=2)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    adapter = lora.init(jax.random.key(0), shapes, [r"blocks/1/attention/qkv/kernel$", "^out/kernel"], 2)
+    assert [part.rank for part in dict(adapter.parts)["blocks/attention/qkv/kernel"]] == [0, 2]
+    assert adapter.pairs["blocks/attention/qkv/kernel"].a.shape == (2, 8, 2)
+    changed = jax.eval_shape(lambda params: lora.apply(params, [(adapter, 1.0)]), shapes)
+    assert jax.tree.map(jnp.shape, changed) == jax.tree.map(jnp.shape, shapes)
+
+
+def test_what_is_wrong_with_a_request(params, model):
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="fits no kernel; there are"):
+        lora.init(key, params, [r"to_w/kernel"], 2)
+    with pytest.raises(ValueError, match="rank=0"):
+        lora.init(key, params, ["kernel"], 0)
+    with pytest.raises(ValueError, match="DoRA"):
+        lora.init(key, params, ["kernel"], 2, use_dora=True)
+    with pytest.raises(ValueError, match="no targets"):
+        lora.init(key, params, [], 2)
+    adapter = lora.init(key, params, ["proj_out_1"], 2)
+    with pytest.raises(ValueError, match="proj_out_1/kernel"):
+        lora.apply({"other": jnp.ones(2)}, [(adapter, 1.0)])
+
+
+def written(path, tensors, config=None):
+    sources = {k: Source(v.dtype, v.shape, lambda v=v: v) for k, v in tensors.items()}
+    write(path, sources, {} if config is None else {METADATA: json.dumps(config)})
+    return path
+
+
+def pair(module, down="lora_A", up="lora_B", rank=2, shape=(16, 32)):
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((rank, shape[0])), rng.standard_normal((shape[1], rank))
+    return {f"{module}.{down}.weight": np.float32(a), f"{module}.{up}.weight": np.float32(b)}
+
+
+SPELLINGS = {
+    "peft": pair("base_model.model.proj_out_1"),
+    "adapter": pair("proj_out_1", "lora_A.default", "lora_B.default"),
+    "pipeline": pair("transformer.proj_out_1"),
+    "older": pair("unet.proj_out_1", "lora.down", "lora.up"),
+    "kohya": pair("lora_unet_proj_out_1", "lora_down", "lora_up"),
+    "comfy": pair("diffusion_model.proj_out_1", "lora_down", "lora_up"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name, model, tmp_path):
+    adapter = load_lora(written(tmp_path / "a.safetensors", SPELLINGS[name]), model)
+    assert [*adapter.pairs] == ["proj_out_1/kernel"] and dict(adapter.parts)["proj_out_1/kernel"] == ((2, 2.0),)
+    np.testing.assert_array_equal(adapter.pairs["proj_out_1/kernel"].a.T, next(iter(SPELLINGS[name].values())))
+
+
+def test_the_oldest_names_of_diffusers(model, tmp_path):
+    module = "unet.transformer_blocks.1.attn1.processor"
+    tensors = pair(module, "to_out_lora.down", "to_out_lora.up", shape=(16, 16))
+    adapter = load_lora(written(tmp_path / "a.safetensors", tensors), model)
+    assert [p.rank for p in dict(adapter.parts)["transformer_blocks/0:3/attn1/to_out/0/kernel"]] == [0, 2, 0]
+
+
+def test_one_file_for_a_pipeline(model, tmp_path):
+    tensors = pair("transformer.proj_out_1") | pair("text_encoder.proj_out_1", rank=3)
+    config = {"transformer.lora_alpha": 8, "text_encoder.lora_alpha": 9, "text_encoder.alpha_pattern": {"proj.*": 6}}
+    path = written(tmp_path / "a.safetensors", tensors, config)
+    assert lora_components(path) == ("text_encoder", "transformer")
+    with pytest.raises(WeightsError, match="adapters of text_encoder, transformer: name one of them"):
+        load_lora(path, model)
+    parts = {name: load_lora(path, model, component=name).parts for name in ("unet", "text_encoder")}
+    assert parts["unet"] == (("proj_out_1/kernel", ((2, 8.0),)),)
+    assert parts["text_encoder"] == (("proj_out_1/kernel", ((3, 6.0),)),)
+    with pytest.raises(WeightsError, match="no adapter of 'text_encoder_2'"):
+        load_lora(path, model, component="text_encoder_2")
+
+
+WRONG = [
+    (pair("proj_out_1") | pair("proj_out_9"), None, "2 tensors are of no module of this network: proj_out_9.lora_A"),
+    (pair("proj_out_1") | {"x.bias": np.zeros(2)}, None, "1 tensors are of no module of this network: x.bias"),
+    ({"proj_out_1.lora_A.weight": np.zeros((2, 16))}, None, "one factor of two: proj_out_1"),
+    (pair("proj_out_1", shape=(8, 32)), None, r"factors of shape \[2, 8\] and \[32, 2\] for a weight \[32, 16\]"),
+    (pair("proj_out_1") | pair("lora_unet_proj_out_1"), None, "two tensors are the a of proj_out_1"),
+    (pair("a") | {"proj_out_1.lora_magnitude_vector": np.zeros(2)}, None, "is DoRA, which is not supported"),
+    ({"lora_unet_proj_out_1.hada_w1_a": np.zeros(2)}, None, "is LoHa"),
+    ({"lora_unet_proj_out_1.lokr_w1": np.zeros(2)}, None, "is LoKr"),
+    (pair("proj_out_1"), {"use_dora": True}, "use_dora=True is not supported"),
+    (pair("proj_out_1"), {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+    (pair("proj_out_1"), {"peft_type": "LOKR"}, "peft_type='LOKR' is not supported"),
+]
+
+
+@pytest.mark.parametrize("tensors, config, message", WRONG, ids=[message[-30:] for *_, message in WRONG])
+def test_what_is_wrong_with_a_file(tensors, config, message, model, tmp_path):
+    with pytest.raises(WeightsError, match=message):
+        load_lora(written(tmp_path / "a.safetensors", tensors, config), model)

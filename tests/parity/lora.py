@@ -1,0 +1,137 @@
+"""Adapters of peft and diffusers and what they do to a small DiT, written as files that the tests read.
+
+    .venv-oracle/bin/python tests/parity/lora.py --out tests/parity/golden/adapters
+    .venv-oracle/bin/python tests/parity/lora.py --read FILE       what `load_lora_adapter` makes of a file of ours
+
+The network's weights are drawn from their names (`networks.weight`). Needs torch, diffusers and peft, not jax.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import networks
+import numpy as np
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from networks.dit import CASES, theirs
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from record import build, tensors_in
+from safetensors.torch import load_file, save_file
+
+NAME = "dit"
+KOHYA = {  # module, rank, alpha, window
+    "transformer_blocks_0_attn1_to_k": (2, 1.0, ()),
+    "transformer_blocks_2_attn1_to_out_0": (3, 6.0, ()),
+    "transformer_blocks_1_norm1_linear": (2, None, ()),
+    "pos_embed_proj": (2, 4.0, (2, 2)),
+    "proj_out_1": (1, 0.5, ()),
+}
+
+
+def network():
+    module = build(CASES[NAME])
+    # The class itself has no methods for adapters, though nothing of it is in their way.
+    module.__class__ = type(NAME, (type(module), PeftAdapterMixin), {})
+    state = module.state_dict()
+    drawn = {k: torch.from_numpy(networks.weight(k, tuple(v.shape))) for k, v in state.items() if v.is_floating_point()}
+    module.load_state_dict({**state, **drawn})
+    return module
+
+
+def fill(module):
+    """Every factor drawn from its name: B would be zero."""
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.5 * torch.from_numpy(networks.weight(name, tuple(parameter.shape)))
+    return module
+
+
+def run(module, inputs):
+    with torch.no_grad():
+        return theirs(module, inputs)["out"].numpy()
+
+
+def with_diffusers(module, name="default", **settings):
+    module.add_adapter(LoraConfig(**settings), adapter_name=name)
+    return fill(module)
+
+
+ONE = dict(
+    r=2, lora_alpha=3, target_modules=["to_q", "to_v", "proj", "linear_1"],
+    rank_pattern={"transformer_blocks.1.attn1.to_q": 4}, alpha_pattern={"pos_embed.proj": 1, "2.attn1.to_v": 5},
+)  # fmt: skip
+TWO = dict(r=3, lora_alpha=6, target_modules=["to_k", "to_out.0"], use_rslora=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder to write to")
+    parser.add_argument("--read", type=Path, help="a file with an adapter, whose output is written to FILE.npy")
+    arguments = parser.parse_args()
+    inputs = tensors_in(networks.inputs_of(NAME, CASES[NAME]))
+    if arguments.read:
+        module = network()
+        module.load_lora_adapter(str(arguments.read), prefix=None, weight_name=arguments.read.name)
+        np.save(f"{arguments.read}.npy", run(module, inputs))
+        return
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    arrays = {"in/x": inputs["x"], "in/t": inputs["t"], "in/y": inputs["y"], "out/base": run(network(), inputs)}
+
+    one = with_diffusers(network(), **ONE)
+    one.save_lora_adapter(out, weight_name="diffusers.safetensors")
+    result = theirs(one, inputs)["out"]
+    probe = torch.from_numpy(networks.draw(NAME, "probe", ("normal", tuple(result.shape))))
+    (result * probe).sum().backward()
+    arrays |= {"out/diffusers": result.detach().numpy(), "probe": probe}
+    gradients = {k.replace(".default", ""): p.grad for k, p in one.named_parameters() if "lora_" in k}
+    save_file({k: v.contiguous() for k, v in gradients.items()}, out / "gradients.safetensors")
+
+    two = fill(get_peft_model(network(), LoraConfig(**TWO)))
+    two.save_pretrained(out / "peft")
+    (out / "peft" / "README.md").unlink()
+    arrays["out/peft"] = run(two.base_model.model, inputs)
+
+    both = network()
+    both.load_lora_adapter(str(out), adapter_name="one", prefix=None, weight_name="diffusers.safetensors")
+    both.add_adapter(LoraConfig(**TWO), adapter_name="two")
+    set_peft_model_state_dict(both, load_file(out / "peft" / "adapter_model.safetensors"), adapter_name="two")
+    both.set_adapters(["one", "two"], [0.7, -0.4])
+    arrays["out/both"] = run(both, inputs)
+    both.fuse_lora(lora_scale=0.5, adapter_names=["one", "two"])
+    both.unload_lora()
+    arrays["out/fused"] = run(both, inputs)
+
+    kohya(out / "kohya.safetensors", arrays, inputs)
+    np.savez_compressed(out / "lora.npz", **{k: np.asarray(v) for k, v in arrays.items()})
+
+
+def kohya(path, arrays, inputs):
+    """A file as kohya's scripts write it, and what its factors add to the output of each module."""
+    module, tensors = network(), {}
+    modules = {name.replace(".", "_"): part for name, part in module.named_modules()}
+    for name, (rank, alpha, window) in KOHYA.items():
+        part, key = modules[name], f"lora_unet_{name}"
+        outs, ins = part.weight.shape[:2]
+        down = torch.from_numpy(networks.weight(f"{key}.lora_down.weight", (rank, ins, *window)))
+        up = torch.from_numpy(networks.weight(f"{key}.lora_up.weight", (outs, rank, *(1 for _ in window))))
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        scale = (rank if alpha is None else alpha) / rank
+
+        def add(part, given, result, down=down, up=up, scale=scale, window=window):
+            if window:
+                low = torch.nn.functional.conv2d(given[0], down, stride=part.stride)
+                return result + scale * torch.nn.functional.conv2d(low, up)
+            return result + scale * given[0] @ down.T @ up.T
+
+        part.register_forward_hook(add)
+    arrays["out/kohya"] = run(module, inputs)
+    save_file(tensors, path)
+
+
+if __name__ == "__main__":
+    main()
