@@ -19,8 +19,10 @@ import networks
 import numpy as np
 
 
-def build(case: networks.Case):
+def build(case: networks.Case, family=None):
     """PyTorch's module of a case, in evaluation mode."""
+    if hasattr(family, "build"):
+        return family.build(case).eval()
     import diffusers
     import transformers
 
@@ -54,7 +56,7 @@ def record(name: str, case: networks.Case, family, out: Path) -> None:
     """One committed case."""
     import torch
 
-    module = build(case)
+    module = build(case, family)
     state = state_of(module)
     drawn = {
         key: torch.from_numpy(networks.weight(key, tuple(value.shape)))
@@ -76,7 +78,7 @@ def record_live(name: str, case: networks.Case, family, out: Path, seed: int) ->
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
-    module = build(case)
+    module = build(case, family)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

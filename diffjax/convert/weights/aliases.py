@@ -24,6 +24,7 @@ _GPT2 = ((r"\.attn\.(masked_)?bias$", None),)
 _T5 = ((r"^(decoder\.|lm_head\.)", None),)
 ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "AutoencoderKL": _ATTENTION,
+    "EDM2UNet": ((r"^unet\.", ""),),
     "VQModel": _ATTENTION,
     "UNet2DModel": _ATTENTION,
     "BertForMaskedLM": (*_BERT, (r"^(bert\.pooler|cls\.seq_relationship)\.", None)),

@@ -4,7 +4,8 @@ A family is a module with
   CASES: `{name: Case}`, whose runs are committed under `golden/networks`;
   theirs(module, inputs) -> {name: tensor}: the call of PyTorch's module, given torch tensors in our layout;
   ours(model, params, inputs) -> {name: array}: the same call here;
-  random_case(rng) -> Case: another one, from a `numpy.random.Generator`.
+  random_case(rng) -> Case: another one, from a `numpy.random.Generator`;
+  build(case) -> module, for classes that neither diffusers nor transformers has.
 Images are `[B, H, W, C]` in `inputs` and in what both return; `nchw` and `nhwc` turn them for PyTorch.
 """
 
@@ -67,7 +68,7 @@ def inputs_of(name: str, case: Case) -> dict[str, np.ndarray]:
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A parameter by its name in the checkpoint: matrices keep the size of what passes through, norms are near 1."""
-    noise = generator(name).standard_normal(shape)
+    noise = np.asarray(generator(name).standard_normal(shape))
     if len(shape) > 1:
         return (noise / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     return np.asarray((1.0 if name.endswith("weight") else 0.0) + 0.05 * noise, np.float32)
