@@ -51,11 +51,14 @@ golden: oracle  ## the files of diffusers' runs that the tests read
 	$(ORACLE)/bin/python tests/parity/optimizers.py --out tests/parity/golden
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out tests/parity/golden/networks
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/tokens.py --out tests/parity/golden/tokenizers
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out tests/parity/golden/adapters
+	$(ORACLE)/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
 
 parity: setup oracle  ## compare COUNT random configurations of each scheduler and network, drawn from SEED, with PyTorch
-	rm -rf $(PARITY)/schedulers $(PARITY)/networks
+	rm -rf $(PARITY)/schedulers $(PARITY)/networks $(PARITY)/official_dit
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out $(PARITY)/schedulers --seed $(SEED) --count $(COUNT)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out $(PARITY)/networks --seed $(SEED) --count $(COUNT)
+	$(ORACLE)/bin/python tests/parity/official_dit.py --out $(PARITY)/official_dit --seed $(SEED) --count $(COUNT)
 	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest tests/convert tests/models -k live
 
 errors: setup  ## what samplers, guidance and inverse problems lose on exact denoisers, beside the peers (half an hour)

@@ -5,7 +5,16 @@
 
 from diffjax.convert.scheduler import scheduler, start_scale
 
-_WEIGHTS = ("WeightsError", "load", "save")
+_WEIGHTS = (
+    "WeightsError",
+    "load",
+    "load_lora",
+    "load_official_dit",
+    "lora_components",
+    "save",
+    "save_lora",
+    "save_official_dit",
+)
 __all__ = [*_WEIGHTS, "scheduler", "start_scale"]
 
 

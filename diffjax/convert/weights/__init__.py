@@ -2,8 +2,21 @@
 
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.folder import load
+from diffjax.convert.weights.lora import load_lora, lora_components, save_lora
+from diffjax.convert.weights.official_dit import load_official_dit, save_official_dit
 from diffjax.convert.weights.rewrite import rewrite
 from diffjax.convert.weights.survey import survey
 from diffjax.convert.weights.write import save
 
-__all__ = ["WeightsError", "load", "rewrite", "save", "survey"]
+__all__ = [
+    "WeightsError",
+    "load",
+    "load_lora",
+    "load_official_dit",
+    "lora_components",
+    "rewrite",
+    "save",
+    "save_lora",
+    "save_official_dit",
+    "survey",
+]

@@ -1,0 +1,123 @@
+"""The official DiT and SiT: the network here with their parameters is theirs, and the way back keeps every bit."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+
+from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.official_dit import load_official_dit, positions, save_official_dit, to_official
+from diffjax.convert.weights.tensors import Source, read_header, write
+from diffjax.models import MODELS, preset
+from diffjax.registry import build
+
+GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "official_dit.npz"
+LIVE = os.environ.get("DIFFJAX_PARITY")
+RUNS = sorted(Path(LIVE, "official_dit").glob("*.npz")) if LIVE else []
+TOLERANCE = dict(atol=2e-5, rtol=1e-4)
+
+
+def save(path, arrays):
+    write(path, {k: Source(v.dtype, v.shape, lambda v=v: v) for k, v in arrays.items()}, {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def run():
+    return dict(np.load(GOLDEN))
+
+
+@pytest.fixture(scope="module")
+def arrays(run):
+    facts = json.loads(str(run["facts"]))
+    names = {name.partition("/")[2]: value.shape for name, value in run.items() if name.startswith("gradient/")}
+    side = facts["input_size"] // facts["patch_size"]
+    drawn = {name: networks.weight(name, shape) for name, shape in names.items()}
+    return drawn | {"pos_embed": positions(side, facts["hidden_size"])[None]}
+
+
+@pytest.fixture(scope="module")
+def file(arrays, tmp_path_factory):
+    path = tmp_path_factory.mktemp("dit") / "dit.safetensors"
+    save(path, arrays)
+    return path
+
+
+def check(path, run, tmp_path):
+    """Output, gradients and bytes of one run."""
+    facts = json.loads(str(run["facts"]))
+    model, params = load_official_dit(path, heads=facts["num_heads"])
+    given = [run[f"in/{name}"] for name in "xty"]
+
+    def total(params):
+        out = model.apply(params, *given)
+        return jnp.sum(out * run["probe"]), out
+
+    gradients, out = jax.jit(jax.grad(total, has_aux=True))(params)
+    assert np.std(run["out"]) > 1e-3
+    np.testing.assert_allclose(out, run["out"], **TOLERANCE)
+    for name, value in to_official(gradients, *sizes(model), jnp).items():
+        if name != "pos_embed":
+            truth = run[f"gradient/{name}"]
+            limit = 2e-5 + 1e-4 * np.abs(truth).max()
+            np.testing.assert_allclose(value, truth, rtol=1e-4, atol=limit, err_msg=name)
+    save_official_dit(model, params, tmp_path / "again.safetensors")
+    ours, theirs = (read_header(where)[0] for where in (tmp_path / "again.safetensors", path))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].open().tobytes() == tensor.open().tobytes(), name
+
+
+def sizes(model):
+    return model.config["shape"][0], model.config["shape"][2], model.config["patch"]
+
+
+def test_output_gradients_and_bytes_are_those_of_pytorch(run, file, tmp_path):
+    check(file, run, tmp_path)
+
+
+@pytest.mark.skipif(not LIVE, reason="tests/parity/official_dit.py records random networks, DIFFJAX_PARITY names them")
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_live_run_is_that_of_pytorch(path, tmp_path):
+    check(path.with_suffix(".safetensors"), dict(np.load(path)), tmp_path)
+
+
+@pytest.mark.parametrize("name, millions", [("s", 33), ("b", 130), ("l", 458), ("xl", 675)])
+def test_sizes_of_the_paper(name, millions):
+    settings = dict(shape=(32, 32, 4), num_classes=1000, extra_out=4, time_scale=1.0)
+    model = build(preset(f"dit_{name}_2"), MODELS, "model", **settings)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    official = jax.eval_shape(lambda params: to_official(params, 32, 4, 2, jnp), shapes)
+    count = sum(leaf.size for leaf in official.values())
+    assert round((count - official["pos_embed"].size) / 1e6) == millions
+    # What the released code prints counts the positions.
+    assert name != "xl" or count == 675_129_632
+
+
+def test_positions_may_be_left_out_and_no_other_tensor(arrays, tmp_path):
+    bare = {name: value for name, value in arrays.items() if name != "pos_embed"}
+    save(tmp_path / "a.safetensors", bare)
+    model, _ = load_official_dit(tmp_path / "a.safetensors", heads=2)
+    assert model.config["shape"] == (32, 32, 3)
+    del bare["blocks.1.attn.proj.bias"]
+    save(tmp_path / "b.safetensors", bare | {"extra": np.zeros(2)})
+    with pytest.raises(WeightsError, match="1 missing: blocks.1.attn.proj.bias; 1 unexpected: extra"):
+        load_official_dit(tmp_path / "b.safetensors", heads=2)
+
+
+def test_what_is_no_official_network(arrays, file, tmp_path):
+    with pytest.raises(WeightsError, match="width 16 is none of the paper's"):
+        load_official_dit(file)
+    save(tmp_path / "a.safetensors", arrays | {"pos_embed": np.zeros_like(arrays["pos_embed"])})
+    with pytest.raises(WeightsError, match="pos_embed is not that of sines and cosines"):
+        load_official_dit(tmp_path / "a.safetensors", heads=2)
+    save(tmp_path / "b.safetensors", {"weight": np.zeros(2)})
+    with pytest.raises(WeightsError, match="not an official DiT"):
+        load_official_dit(tmp_path / "b.safetensors")
+    model = MODELS["dit"](shape=(8, 8, 3), num_classes=5, width=16, depth=1, heads=2)
+    with pytest.raises(WeightsError, match="the official DiT has no time_scale=1000.0"):
+        save_official_dit(model, {}, tmp_path / "c.safetensors")
