@@ -11,9 +11,11 @@ _WEIGHTS = (
     "load_lora",
     "load_official_dit",
     "lora_components",
+    "rewrite",
     "save",
     "save_lora",
     "save_official_dit",
+    "survey",
 )
 __all__ = [*_WEIGHTS, "scheduler", "start_scale"]
 
