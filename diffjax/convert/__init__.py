@@ -10,11 +10,13 @@ _WEIGHTS = (
     "load",
     "load_lora",
     "load_official_dit",
+    "load_textual_inversion",
     "lora_components",
     "rewrite",
     "save",
     "save_lora",
     "save_official_dit",
+    "save_textual_inversion",
     "survey",
 )
 __all__ = [*_WEIGHTS, "scheduler", "start_scale"]

@@ -6,6 +6,7 @@ from diffjax.convert.weights.lora import load_lora, lora_components, save_lora
 from diffjax.convert.weights.official_dit import load_official_dit, save_official_dit
 from diffjax.convert.weights.rewrite import rewrite
 from diffjax.convert.weights.survey import survey
+from diffjax.convert.weights.textual_inversion import load_textual_inversion, save_textual_inversion
 from diffjax.convert.weights.write import save
 
 __all__ = [
@@ -13,10 +14,12 @@ __all__ = [
     "load",
     "load_lora",
     "load_official_dit",
+    "load_textual_inversion",
     "lora_components",
     "rewrite",
     "save",
     "save_lora",
     "save_official_dit",
+    "save_textual_inversion",
     "survey",
 ]
