@@ -55,11 +55,12 @@ golden: oracle  ## the files of diffusers' runs that the tests read
 	$(ORACLE)/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
 
 parity: setup oracle  ## compare COUNT random configurations of each scheduler and network, drawn from SEED, with PyTorch
-	rm -rf $(PARITY)/schedulers $(PARITY)/networks $(PARITY)/official_dit
+	rm -rf $(PARITY)/schedulers $(PARITY)/networks $(PARITY)/official_dit $(PARITY)/adapters
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out $(PARITY)/schedulers --seed $(SEED) --count $(COUNT)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out $(PARITY)/networks --seed $(SEED) --count $(COUNT)
 	$(ORACLE)/bin/python tests/parity/official_dit.py --out $(PARITY)/official_dit --seed $(SEED) --count $(COUNT)
-	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest tests/convert tests/models -k live
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out $(PARITY)/adapters --seed $(SEED) --count $(COUNT)
+	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest tests/adapters tests/convert tests/models -k live
 
 errors: setup  ## what samplers, guidance and inverse problems lose on exact denoisers, beside the peers (half an hour)
 	$(BIN)/python benchmarks/nfe_vs_error.py --oracle $(ORACLE)/bin/python

@@ -1,6 +1,7 @@
 """Low-rank adaptation: identities, gradients, and what peft and diffusers make of the same files."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -18,6 +19,8 @@ from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.models import dit, from_config
 from diffjax.nn.functional import names_of
 
+LIVE = os.environ.get("DIFFJAX_PARITY")
+RUNS = sorted(path.parent for path in Path(LIVE, "adapters").glob("*/out.npy")) if LIVE else []
 GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "adapters"
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 
@@ -58,6 +61,17 @@ def test_one_adapter_is_that_of_peft(name, model, params, output, run):
     # What the adapter adds is not small beside the output.
     assert np.std(wanted - run["out/base"]) > 0.05 * np.std(wanted)
     np.testing.assert_allclose(output(params, [(adapter, 1.0)]), wanted, **TOLERANCE)
+
+
+@pytest.mark.skipif(not LIVE, reason="`make parity` records random adapters and sets DIFFJAX_PARITY")
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
+def test_live_adapter_is_that_of_peft(folder, model, params, output, tmp_path):
+    adapter = load_lora(folder, model)
+    np.testing.assert_allclose(output(params, [(adapter, 1.0)]), np.load(folder / "out.npy"), **TOLERANCE)
+    save_lora(adapter, model, tmp_path)
+    again = load_lora(tmp_path, model)
+    assert again.parts == adapter.parts
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
 
 def test_two_adapters_with_weights_and_fused(model, params, output, run):

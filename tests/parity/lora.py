@@ -1,6 +1,7 @@
 """Adapters of peft and diffusers and what they do to a small DiT, written as files that the tests read.
 
     .venv-oracle/bin/python tests/parity/lora.py --out tests/parity/golden/adapters
+    .venv-oracle/bin/python tests/parity/lora.py --out FOLDER --seed 7 --count 5     random adapters, one folder each
     .venv-oracle/bin/python tests/parity/lora.py --read FILE       what `load_lora_adapter` makes of a file of ours
 
 The network's weights are drawn from their names (`networks.weight`). Needs torch, diffusers and peft, not jax.
@@ -68,6 +69,8 @@ TWO = dict(r=3, lora_alpha=6, target_modules=["to_k", "to_out.0"], use_rslora=Tr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder to write to")
+    parser.add_argument("--count", type=int, default=0, help="random adapters; 0 for the committed ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the random adapters")
     parser.add_argument("--read", type=Path, help="a file with an adapter, whose output is written to FILE.npy")
     arguments = parser.parse_args()
     inputs = tensors_in(networks.inputs_of(NAME, CASES[NAME]))
@@ -75,6 +78,11 @@ def main() -> None:
         module = network()
         module.load_lora_adapter(str(arguments.read), prefix=None, weight_name=arguments.read.name)
         np.save(f"{arguments.read}.npy", run(module, inputs))
+        return
+    if arguments.count:
+        rng = networks.generator(f"lora/{arguments.seed}")
+        for i in range(arguments.count):
+            random_adapter(rng, arguments.out / str(i), inputs)
         return
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -106,6 +114,29 @@ def main() -> None:
 
     kohya(out / "kohya.safetensors", arrays, inputs)
     np.savez_compressed(out / "lora.npz", **{k: np.asarray(v) for k, v in arrays.items()})
+
+
+def random_adapter(rng, out, inputs):
+    """A folder with an adapter of random settings, in one of both forms, and its output."""
+    module = network()
+    names = [name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear | torch.nn.Conv2d)]
+    chosen = [names[i] for i in rng.permutation(len(names))[: rng.integers(1, 12)]]
+    some = [name for name in chosen if rng.integers(2)]
+    settings = dict(
+        r=int(rng.integers(1, 6)), lora_alpha=int(rng.integers(1, 9)), use_rslora=bool(rng.integers(2)),
+        target_modules=[["to_q", "to_k", "linear"], chosen][rng.integers(2)], lora_dropout=float(rng.choice([0, 0.1])),
+        rank_pattern={f"^{name}": int(rng.integers(1, 6)) for name in some if rng.integers(2)},
+        alpha_pattern={name: int(rng.integers(1, 9)) for name in some if rng.integers(2)},
+    )  # fmt: skip
+    if rng.integers(2):
+        module = with_diffusers(module, **settings).eval()
+        module.save_lora_adapter(out)
+        result = run(module, inputs)
+    else:
+        wrapped = fill(get_peft_model(module, LoraConfig(**settings))).eval()
+        wrapped.save_pretrained(out)
+        result = run(wrapped.base_model.model, inputs)
+    np.save(out / "out.npy", result)
 
 
 def kohya(path, arrays, inputs):
