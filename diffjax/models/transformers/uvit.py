@@ -1,7 +1,7 @@
 """The transformer of aMUSEd, which fills in the masked tokens of an image, `UVit2DModel`.
 
-Patil et al. 2024, arXiv:2401.01808, after Muse (Chang et al. 2023, arXiv:2301.00704): blocks of convolutions (Woo et al.
-2023, arXiv:2301.00808) around a transformer as in Hoogeboom et al. 2023, arXiv:2301.11093.
+Patil et al. 2024, arXiv:2401.01808, after Muse (Chang et al. 2023, arXiv:2301.00704): blocks of convolutions (Woo et
+al. 2023, arXiv:2301.00808) around a transformer as in Hoogeboom et al. 2023, arXiv:2301.11093.
 """
 
 from __future__ import annotations
