@@ -132,6 +132,18 @@ def test_what_fits_a_tile_is_not_cut(net):
         tiled_encode(model, params, jnp.zeros((1, 13, 8, 3)))
 
 
+def test_tiles_of_others(net):
+    tiny = {"_class_name": "AutoencoderTiny"}
+    assert tiles_of(tiny) == Tiles(512, 64, 0.125)
+    model = from_config(tiny)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        tiled_encode(model, {}, jnp.zeros((1, 516, 512, 3)))
+    with pytest.raises(ValueError, match="leave the key out"):
+        tiled_encode(model, {}, jnp.zeros((1, 512, 512, 3)), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="tiles of VQModel"):
+        tiled_decode(net[0]._replace(config=MOVQ), {}, jnp.zeros((1, 64, 64, 4)))
+
+
 def test_whole_tiles_are_compiled_once(net):
     model, params = net
 

@@ -31,7 +31,13 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(config: Mapping[str, Any]) -> Tiles:
-    """The tiles that the config of an `AutoencoderKL` asks for: of the size of the images that it was trained with."""
+    """The tiles that the config of an `AutoencoderKL` asks for: of the size of the images that it was trained with.
+
+    Those of an `AutoencoderTiny` have 512 pixels a side.
+    """
+    if _is_tiny(config):
+        levels = len(config.get("num_decoder_blocks", (3, 3, 3, 1)))
+        return Tiles(512, 512 // config.get("upsampling_scaling_factor", 2) ** (levels - 1), 0.125)
     size = config.get("sample_size", 32)
     size = int(size if isinstance(size, int) else size[0])
     return Tiles(size, size // 2 ** (len(config.get("block_out_channels", (64,))) - 1))
@@ -53,34 +59,60 @@ def tiled_decode(model: Model, params: dict, z: jax.Array, *, tiles: Tiles | Non
     are decoded as they are.
 
     Args:
+      model: an `AutoencoderKL` or `AutoencoderTiny`.
       tiles: None for those of the model's config (`tiles_of`).
     """
-    sample, latent, overlap = tiles_of(model.config) if tiles is None else tiles
+    sample, latent, overlap = _tiles(model, tiles)
+    join = _painted if _is_tiny(model.config) else _blended
     decode = lambda z: model.apply(params, z, method="decode")
-    return _tiled(decode, z, size=latent, size_out=sample, overlap=overlap)
+    return join(decode, z, size=latent, size_out=sample, overlap=overlap)
 
 
 def tiled_moments(model: Model, params: dict, x: jax.Array, *, tiles: Tiles | None = None) -> jax.Array:
-    """`model.apply(params, x, method="moments")` tile by tile, blended where tiles overlap; see `tiled_decode`.
+    """`model.apply(params, x, method="moments")` of an `AutoencoderKL` tile by tile; see `tiled_decode`.
 
     Raises:
       ValueError: for images whose last tiles have too few pixels for one latent; sides that are multiples of those of a
         latent have none.
     """
-    sample, latent, overlap = tiles_of(model.config) if tiles is None else tiles
+    sample, latent, overlap = _tiles(model, tiles)
     moments = lambda x: model.apply(params, x, method="moments")
-    return _tiled(moments, x, size=sample, size_out=latent, overlap=overlap)
+    return _blended(moments, x, size=sample, size_out=latent, overlap=overlap)
 
 
 def tiled_encode(
     model: Model, params: dict, x: jax.Array, *, key: jax.Array | None = None, tiles: Tiles | None = None
 ) -> jax.Array:
-    """`model.apply(params, x, method="encode", key=key)` with `tiled_moments`."""
-    return posterior(tiled_moments(model, params, x, tiles=tiles), key=key)
+    """`model.apply(params, x, method="encode", key=key)` tile by tile; an `AutoencoderTiny` takes no key.
+
+    Raises:
+      ValueError: as `tiled_moments`; for an `AutoencoderTiny`, for sides that are no multiples of those of a latent.
+    """
+    if not _is_tiny(model.config):
+        return posterior(tiled_moments(model, params, x, tiles=tiles), key=key)
+    if key is not None:
+        raise ValueError("AutoencoderTiny: key=...: its latents have no posterior; leave the key out")
+    sample, latent, overlap = _tiles(model, tiles)
+    encode = lambda x: model.apply(params, x, method="encode")
+    return _painted(encode, x, size=sample, size_out=latent, overlap=overlap)
 
 
-def _tiled(fn, x, *, size, size_out, overlap):
-    """`fn` of tiles of `x [B, H, W, C]`, which makes sides of `size_out` of those of `size`, joined."""
+def _is_tiny(config):
+    return config.get("_class_name") == "AutoencoderTiny"
+
+
+def _tiles(model, tiles):
+    kind = model.config.get("_class_name")
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ValueError(f"tiles of {kind}: known of AutoencoderKL and AutoencoderTiny; take `sliced`")
+    return tiles_of(model.config) if tiles is None else tiles
+
+
+def _blended(fn, x, *, size, size_out, overlap):
+    """`fn` of tiles of `x [B, H, W, C]`, which makes sides of `size_out` of those of `size`, joined.
+
+    Each tile is mixed with those before it and cut off where the next begins.
+    """
     height, width = x.shape[1:3]
     if max(height, width) <= size:
         return fn(x)
@@ -100,6 +132,30 @@ def _tiled(fn, x, *, size, size_out, overlap):
     keep = size_out - extent
     kept = [jnp.concatenate([out[i, j][:, :keep, :keep] for j in columns], 2) for i in rows]
     return jnp.concatenate(kept, 1)
+
+
+def _painted(fn, x, *, size, size_out, overlap):
+    """As `_blended`, with whole tiles painted over those before them, ever more densely from their low sides on."""
+    height, width = x.shape[1:3]
+    shared = int(size * overlap)
+    if shared >= size:
+        raise ValueError(f"tiles of {size} with an overlap of {overlap}: no tile moves on; take larger tiles")
+    if any(n * size_out % size for n in (height, width)):
+        raise ValueError(f"sides of {height} and {width}: expected multiples of {size // size_out}")
+    at = lambda n: n * size_out // size
+    rows, columns = (range(0, n, size - shared) for n in (height, width))
+    out = _by_shape(fn, {(i, j): x[:, i : i + size, j : j + size] for i in rows for j in columns})
+    rise = jnp.clip(jnp.arange(size_out) / max(at(shared) - 1, 1), 0, 1)
+    whole = None
+    for (i, j), tile in sorted(out.items()):
+        if whole is None:
+            whole = jnp.zeros((len(x), at(height), at(width), tile.shape[-1]), tile.dtype)
+        h, w = tile.shape[1:3]
+        cover = (rise[:h] if i else jnp.ones(h))[:, None] * (rise[:w] if j else jnp.ones(w))
+        place = (slice(None), slice(at(i), at(i) + h), slice(at(j), at(j) + w))
+        cover = cover[:, :, None].astype(tile.dtype)
+        whole = whole.at[place].set(cover * tile + (1 - cover) * whole[place])
+    return whole
 
 
 def _by_shape(fn, tiles):
