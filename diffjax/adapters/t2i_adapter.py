@@ -121,8 +121,8 @@ def t2i_adapter(config: Mapping[str, Any], **how) -> Model:
 
     Returns:
       A `Model`: `apply(params, picture [B, H, W, in_channels], *, scale=1.0)` returns a tuple of features
-      `[B, h, w, C] float32`, to be passed as `adapter` to the U-Net (`diffjax.models.unets.unet_cond`). The picture is in
-      [0, 1]. Features of several adapters are added up.
+      `[B, h, w, C] float32`, to be passed as `adapter` to the U-Net (`diffjax.models.unets.unet_cond`). The picture is
+      in [0, 1]. Features of several adapters are added up.
 
     Raises:
       ValueError: for settings that are unknown or not supported.

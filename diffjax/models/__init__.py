@@ -30,6 +30,7 @@ NETWORKS = {
     "CLIPVisionModelWithProjection": "diffjax.models.text.clip:clip_vision_with_projection",
     "ControlNetModel": "diffjax.adapters.controlnet:controlnet",
     "DiTTransformer2DModel": "diffjax.models.transformers.dit:dit_transformer",
+    "EDM2UNet": "diffjax.models.unets.edm2:edm2_unet",
     "FluxControlNetModel": "diffjax.adapters.controlnet_flux:flux_controlnet",
     "FluxTransformer2DModel": "diffjax.models.transformers.flux:flux_transformer",
     "GPT2LMHeadModel": "diffjax.models.text.gpt2:gpt2_lm",
@@ -43,7 +44,8 @@ NETWORKS = {
     "UMT5EncoderModel": "diffjax.models.text.t5:umt5_encoder",
     "UNet2DConditionModel": "diffjax.models.unets.unet_cond:unet_condition",
     "UNet2DModel": "diffjax.models.unets.unet_2d:unet_2d",
-    "UVit2DModel": "diffjax.models.transformers.uvit:uvit_2d",
+    "UVit2DModel": "diffjax.models.transformers.amused:uvit_2d",
+    "UViT": "diffjax.models.transformers.uvit:uvit",
     "VQModel": "diffjax.models.autoencoders.vq:vq_model",
 }
 

@@ -241,7 +241,7 @@ def rename(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def match(
     kind: str, files: Mapping[str, Tensor], shapes: Mapping[str, Any]
 ) -> tuple[dict[str, Place], dict[str, Tensor]]:
-    """The places of the parameters `shapes` of a network, and the tensors of its files under today's names, each once."""
+    """The places of a network's parameters, and the tensors of its files under today's names, each once."""
     tensors = rename(kind, files)
     places = places_of(shapes, tensors)
     return places, untie(kind, tensors, {key for place in places.values() for key in place.keys})
