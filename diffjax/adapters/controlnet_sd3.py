@@ -120,8 +120,10 @@ def _positioned(c: Settings, compute, rngs):
 
 def _check_inputs(c: Settings, x, t, context, pooled, control) -> jax.Array:
     """The times as `[B]`; raises `ValueError` for inputs of other shapes than the settings ask for."""
-    mmdit.check_image(KIND, c, control, c.in_channels + c.extra_conditioning_channels, name="control")
-    *_, height, breadth, _ = control.shape
+    positions = c.use_pos_embed and c.pos_embed_type is not None
+    channels = c.in_channels + c.extra_conditioning_channels
+    mmdit.check_image(KIND, c, control, channels, name="control", positions=positions)
+    _, height, breadth, _ = control.shape
     if c.use_pos_embed:
         settings.expect(KIND, "x", x, len(control), height, breadth, c.in_channels)
     else:

@@ -297,12 +297,12 @@ def check_settings(kind: str, c: Any) -> None:
         raise ValueError(f"{kind}: dual_attention_layers={c.dual_attention_layers!r}: expected numbers of layers")
 
 
-def check_image(kind: str, c: Any, x: jax.Array, channels: int, name: str = "x") -> None:
-    """Raises `ValueError` unless `x [B, H, W, channels]` is of whole patches, no more than there are positions."""
+def check_image(kind: str, c: Any, x: jax.Array, channels: int, *, name: str = "x", positions: bool = True) -> None:
+    """Raises `ValueError` unless `x [B, H, W, channels]` is of whole patches, with `positions` for all of them."""
     settings.expect(kind, name, x, None, None, None, channels)
     check_divides(kind, "patch_size", c.patch_size, f"the sides of {name},", *x.shape[1:3])
-    if c.pos_embed_max_size is not None and max(x.shape[1:3]) > c.pos_embed_max_size * c.patch_size:
-        most = c.pos_embed_max_size * c.patch_size
+    most = c.pos_embed_max_size and c.pos_embed_max_size * c.patch_size
+    if positions and most and max(x.shape[1:3]) > most:
         raise ValueError(f"{kind}: {name} has shape {tuple(x.shape)}; there are positions for sides up to {most} only")
 
 
