@@ -35,10 +35,14 @@ ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "CLIPVisionModel": _CLIP_VISION,
     "CLIPVisionModelWithProjection": _CLIP_PROJECTED,
     "PixArtTransformer2DModel": _PIXART,
+<<<<<<< HEAD
     "GPT2LMHeadModel": (*_GPT2, (r"^(?!transformer\.|lm_head\.)", "transformer.")),
     "GPT2Model": (*_GPT2, (r"^lm_head\.", None), (r"^transformer\.", "")),
     "T5EncoderModel": _T5,
     "UMT5EncoderModel": _T5,
+=======
+    "Transformer2DModel": _PIXART,
+>>>>>>> dca6a78 (Transformer2DModel, the class that older files of DiT and PixArt name)
 }
 # By class: pairs of names that stand for one tensor where the network has one parameter for both, the other name first.
 _SHARED = (("encoder.embed_tokens.weight", "shared.weight"),)
