@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from diffjax.convert.weights import WeightsError, rewrite, save
-from diffjax.convert.weights.folder import some, type_of
+from diffjax.convert.weights.folder import check_dtype, some, type_of
 from diffjax.convert.weights.rewrite import KEYS, check_target, watched
 from diffjax.convert.weights.survey import PIPELINE, Survey, components, survey, unusual
 from diffjax.convert.weights.tensors import Source
@@ -69,7 +68,8 @@ def describe_folder(
       ValueError: for a config that is not supported, or a mesh or sharding that there is not.
       OSError: if something cannot be read.
     """
-    settings = dict(dtype=_dtype(dtype), mesh=mesh, sharding=sharding, values=values)
+    check_dtype("dtype", dtype)
+    settings = dict(dtype=dtype, mesh=mesh, sharding=sharding, values=values)
     if Path(folder, PIPELINE).is_file():
         return _pipeline(Path(folder), variant, settings)
     return _one(survey(folder, variant), **settings)
@@ -160,12 +160,6 @@ def _spread(found: Survey, entries, mesh, mode):
     )
 
 
-def _dtype(name):
-    if name is not None and (name not in jnp.__dict__ or not jnp.issubdtype(jnp.dtype(name), jnp.floating)):
-        raise ValueError(f"--dtype={name}: expected a type of floating point, such as bfloat16 or float16")
-    return name
-
-
 def _total(entries) -> int:
     return sum(entry.nbytes for entry in entries)
 
@@ -213,7 +207,7 @@ def convert(
       ValueError: for an unknown name, or a run whose network has no class in `NETWORKS`, unless `keys` is "params".
       OSError: disk full, folder read-only; what was in `target` is whole.
     """
-    _dtype(dtype)
+    check_dtype("dtype", dtype)
     shard_bytes = SHARD_BYTES if shard_gb is None else round(shard_gb * 1e9)
     if shard_bytes < 1:
         raise ValueError(f"--shard-gb={shard_gb:g}: expected more than 0")

@@ -76,6 +76,7 @@ def load(
       OSError: if something cannot be read.
     """
     path = Path(path)
+    check_dtype("param_dtype", param_dtype)
     config = read_config(path) if config is None else config
     # Before a network is built: a folder without weights says so at once.
     files = find(path, variant)
@@ -105,6 +106,16 @@ def build(config: Mapping[str, Any], path: Path, **how) -> tuple[Model, dict]:
         # Lengths of zero or of 10**30, or text among numbers: nothing in a config is trusted.
         told = f"{type(error).__name__}: {error}"[:200]
         raise WeightsError(f"{path}: its config describes no {kind_of(config)} that can be built ({told})") from error
+
+
+def check_dtype(setting: str, dtype: Any) -> None:
+    """Raises `ValueError` for what is no type of floating point, nor None."""
+    try:
+        fits = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{setting}={dtype!r}: expected a type of floating point, such as 'bfloat16' or 'float16'")
 
 
 def type_of(place: Place, tensors: Mapping[str, Tensor], dtype: str | None) -> np.dtype:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import read_config, some, type_of
+from diffjax.convert.weights.folder import check_dtype, read_config, some, type_of
 from diffjax.convert.weights.layout import Place, layout, read, split
 from diffjax.convert.weights.survey import Survey, survey
 from diffjax.convert.weights.tensors import Source, Tensor
@@ -46,6 +46,7 @@ def rewrite(
       OSError: disk full, folder read-only; what was in `target` is whole.
     """
     check_target(target, overwrite)
+    check_dtype("dtype", dtype)
     if keys not in (None, *KEYS):
         raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
     found = survey(source, variant)

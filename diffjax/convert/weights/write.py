@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import some
+from diffjax.convert.weights.folder import check_dtype, some
 from diffjax.convert.weights.layout import Place, layout, split
 from diffjax.convert.weights.names import PARAMS, STEMS, index_of, is_of, weights_of
 from diffjax.convert.weights.tensors import Source, writing
@@ -44,10 +44,12 @@ def save(
       shard_bytes: most bytes of tensors in one file; with more there are several and an index.
 
     Raises:
+      ValueError: for a `dtype` that is not of floating point.
       WeightsError: for parameters of another network, of a type that safetensors does not have, or spread over devices
         of other processes.
       OSError: disk full, folder read-only; what was there is whole.
     """
+    check_dtype("dtype", dtype)
     shapes = names_of(jax.eval_shape(model.init, jax.random.key(0)))
     given = names_of(params)
     if {name: tuple(leaf.shape) for name, leaf in given.items()} != {n: tuple(s.shape) for n, s in shapes.items()}:

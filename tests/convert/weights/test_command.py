@@ -219,7 +219,7 @@ def test_convert_takes_the_weights_of_a_run(capsys, tmp_path):
         (["convert", "{0}"], 2, "two folders are needed"),
         (["convert", "{0}", "{0}"], 2, "it holds config.json, diffusion_pytorch_model.safetensors"),
         (["convert", "{0}", "{1}", "--dtype=int8"], 2, "expected a type of floating point"),
-        (["convert", "{0}", "{1}", "--dtype=half"], 2, "expected a type of floating point"),
+        (["convert", "{0}", "{1}", "--dtype=bf16"], 2, "expected a type of floating point"),
         (["convert", "{0}", "{1}", "--keys=mine"], 2, "unknown keys 'mine'; known: diffusers, params"),
         (["convert", "{0}", "{1}", "--shard-gb=0"], 2, "expected more than 0"),
         (["convert", "{0}", "{1}", "--variant=fp16"], 2, "no weights with variant 'fp16'"),

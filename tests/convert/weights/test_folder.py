@@ -187,6 +187,25 @@ def test_saved_in_any_type_of_floating_point(network, tmp_path, dtype):
     same(load(tmp_path)[1], jax.tree.map(lambda a: a.astype(dtype), network[1]))
 
 
+def test_types_that_are_none_of_floating_point(network, folder, tmp_path):
+    for dtype in ("bfloat17", "int8", "", "M8", object()):
+        with pytest.raises(ValueError, match="param_dtype=.*: expected a type of floating point"):
+            load(folder, param_dtype=dtype)
+        with pytest.raises(ValueError, match="^dtype=.*: expected a type of floating point"):
+            save(*network, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+    same(load(folder, param_dtype=jnp.float32)[1], network[1])
+
+
+def test_what_is_loaded_can_be_given_away(network, folder):
+    # On a CPU the arrays are the memory that was read into.
+    params = load(folder)[1]
+    kept = jax.tree.map(lambda a: np.array(a), params)
+    out = jax.jit(lambda tree: jax.tree.map(lambda a: a + 1, tree), donate_argnums=0)(params)
+    same(out, jax.tree.map(lambda a: a + 1, kept))
+    same(load(folder)[1], kept)
+
+
 def test_values_are_taken_as_they_are(network, tmp_path):
     params = jax.tree.map(lambda a: np.full_like(a, np.nan), network[1])
     save(network[0], params, tmp_path)
