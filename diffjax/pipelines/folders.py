@@ -78,7 +78,7 @@ def describe_folder(
 def _pipeline(folder, variant, settings):
     rows, sound = [("component", "class", "parameters", "bytes", "weights")], True
     for name, kind in components(folder).items():
-        if not any((folder / name / file).is_file() for file in ("config.json", f"model.{variant}.safetensors")):
+        if not (folder / name / "config.json").is_file():
             rows.append((name, kind, "", "", "no network"))
             continue
         try:

@@ -6,6 +6,7 @@ import json
 import reprlib
 from typing import Any
 
+DEEPEST = 64  # values inside one another; more would end in an error of Python's stack somewhere else
 LONGEST_NUMBER = 20  # digits: of 2**64 - 1
 
 
@@ -14,12 +15,19 @@ def parse(text: bytes) -> Any:
 
     Raises:
       ValueError: for what is no JSON; NaN and infinities; integers of more than 20 digits, or -0; a name that an object
-        has twice; text with half of a surrogate pair; more nesting than Python's stack bears.
+        has twice; text with half of a surrogate pair; more than 64 values inside one another.
     """
     try:
-        return json.loads(text.decode(), object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
+        whole = json.loads(text.decode(), object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    level = [whole]
+    for _ in range(DEEPEST):
+        inside = (value.values() if isinstance(value, dict) else value for value in level if _holds(value))
+        level = [value for values in inside for value in values]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return whole
 
 
 def shown(value: Any) -> str:
@@ -27,6 +35,10 @@ def shown(value: Any) -> str:
     short = reprlib.Repr()
     short.maxlevel, short.maxstring = 2, 200
     return short.repr(value)
+
+
+def _holds(value):
+    return isinstance(value, dict | list)
 
 
 def _object(pairs):

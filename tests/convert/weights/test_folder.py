@@ -309,6 +309,7 @@ def test_what_does_not_fit_the_index_is_refused(network, tmp_path):
         ('{"_class_name": "DiTTransformer2DModel", "norm_eps": NaN}', "NaN is no JSON"),
         ('{"_class_name": "DiTTransformer2DModel", "num_layers": %s}' % ("9" * 5000), "has 5000 digits"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"_class_name": "DiTTransformer2DModel", "num_layers": %s}' % ("[" * 300 + "]" * 300), "nested too deeply"),
         ("{}", "names no class"),
         ('{"_class_name": "Gone"}', "unknown class of network 'Gone'"),
         ('{"_class_name": "DiTTransformer2DModel", "num_layer": 2}', "did you mean 'num_layers'"),

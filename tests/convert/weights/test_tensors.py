@@ -85,6 +85,8 @@ def test_a_file_without_tensors(tmp_path):
         (b"7", b"", "its header is no JSON object"),
         (b"[" * 100_000, b"", "nested too deeply"),
         (b'{"w":' * 5_000 + b"1" + b"}" * 5_000, b"", "nested too deeply"),
+        (b"[" * 65 + b"]" * 65, b"", "nested too deeply"),
+        (b"[" * 64 + b"]" * 64, b"", "its header is no JSON object"),
         (b'{"w": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"], ", b"", "has 5000 digits"),
         (b'{"w": NaN}', b"", "NaN is no JSON"),
         (b'{"w": -Infinity}', b"", "-Infinity is no JSON"),
