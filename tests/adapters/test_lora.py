@@ -14,7 +14,7 @@ from networks.dit import CASES
 from diffjax.adapters import lora
 from diffjax.convert import WeightsError
 from diffjax.convert.weights.layout import layout
-from diffjax.convert.weights.lora import METADATA, load_lora, lora_components, save_lora, targets_of
+from diffjax.convert.weights.lora import METADATA, load_lora, lora_components, save_lora, spellings, targets_of
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.models import dit, from_config
 from diffjax.nn.functional import names_of
@@ -219,6 +219,20 @@ def test_the_oldest_names_of_diffusers(model, tmp_path):
     tensors = pair(module, "to_out_lora.down", "to_out_lora.up", shape=(16, 16))
     adapter = load_lora(written(tmp_path / "a.safetensors", tensors), model)
     assert [p.rank for p in dict(adapter.parts)["transformer_blocks/0:3/attn1/to_out/0/kernel"]] == [0, 2, 0]
+
+
+@pytest.mark.parametrize("module", ["encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"])
+def test_text_encoders_with_and_without_their_inner_prefix(module):
+    names = spellings({module: None}, {})
+    for name in ("text_model_encoder_layers_0_mlp_fc1", "text_model.encoder.layers.0.mlp.fc1"):
+        assert names[name] == {module}
+    assert names["encoder.layers.0.mlp.fc1"] == {module}
+
+
+def test_names_of_sdxl_in_kohyas_scripts():
+    names = spellings({"down_blocks.1.attentions.0.proj_in": None, "proj_in": None}, {"layers_per_block": 2})
+    assert names["input_blocks_4_1_proj_in"] == {"down_blocks.1.attentions.0.proj_in"}
+    assert names["proj_in"] == {"proj_in"}
 
 
 def test_one_file_for_a_pipeline(model, tmp_path):

@@ -112,7 +112,7 @@ def load_lora(
     file, config = _open(Path(path))
     tensors = find(file)
     targets = targets_of(model)
-    spelled = _spellings(targets, model.config)
+    spelled = spellings(targets, model.config)
     entries = _chosen(file, [_entry(file, key, spelled) for key in tensors], component)
     config = _config(file, config, next((entry.component for entry in entries if entry.component), None))
     modules: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
@@ -173,7 +173,7 @@ def targets_of(model: Model) -> dict[str, Target]:
     }
 
 
-def _spellings(targets: Mapping[str, Target], config: Mapping[str, Any]) -> dict[str, set[str]]:
+def spellings(targets: Mapping[str, Target], config: Mapping[str, Any]) -> dict[str, set[str]]:
     """The modules that a name may mean: with dots or underscores, and under names of other times and places."""
     out: dict[str, set[str]] = collections.defaultdict(set)
     for module in targets:
