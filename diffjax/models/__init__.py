@@ -13,10 +13,6 @@ from diffjax.core.types import Model
 from diffjax.models.dit import dit
 from diffjax.models.mlp import mlp
 from diffjax.models.presets import PRESETS, preset
-<<<<<<< HEAD
-=======
-from diffjax.models.transformers import dit_transformer, pixart_transformer, sd3_transformer, transformer_2d
->>>>>>> dca6a78 (Transformer2DModel, the class that older files of DiT and PixArt name)
 from diffjax.models.unet import unet
 from diffjax.registry import lookup, nearest
 
@@ -42,20 +38,16 @@ NETWORKS = {
     "PixArtTransformer2DModel": "diffjax.models.transformers.pixart:pixart_transformer",
     "PriorTransformer": "diffjax.models.transformers.prior:prior_transformer",
     "SD3ControlNetModel": "diffjax.adapters.controlnet_sd3:sd3_controlnet",
-<<<<<<< HEAD
     "SD3Transformer2DModel": "diffjax.models.transformers.mmdit:sd3_transformer",
     "T2IAdapter": "diffjax.adapters.t2i_adapter:t2i_adapter",
     "T5EncoderModel": "diffjax.models.text.t5:t5_encoder",
+    "Transformer2DModel": "diffjax.models.transformers.legacy:transformer_2d",
     "UMT5EncoderModel": "diffjax.models.text.t5:umt5_encoder",
     "UNet2DConditionModel": "diffjax.models.unets.unet_cond:unet_condition",
     "UNet2DModel": "diffjax.models.unets.unet_2d:unet_2d",
     "UVit2DModel": "diffjax.models.transformers.amused:uvit_2d",
     "UViT": "diffjax.models.transformers.uvit:uvit",
     "VQModel": "diffjax.models.autoencoders.vq:vq_model",
-=======
-    "SD3Transformer2DModel": sd3_transformer,
-    "Transformer2DModel": transformer_2d,
->>>>>>> dca6a78 (Transformer2DModel, the class that older files of DiT and PixArt name)
 }
 
 __all__ = ["MODELS", "NETWORKS", "PRESETS", "dit", "from_config", "kind_of", "mlp", "preset", "unet"]

@@ -24,9 +24,6 @@ _GPT2 = ((r"\.attn\.(masked_)?bias$", None),)
 _T5 = ((r"^(decoder\.|lm_head\.)", None),)
 ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "AutoencoderKL": _ATTENTION,
-    "EDM2UNet": ((r"^unet\.", ""),),
-    "VQModel": _ATTENTION,
-    "UNet2DModel": _ATTENTION,
     "BertForMaskedLM": (*_BERT, (r"^(bert\.pooler|cls\.seq_relationship)\.", None)),
     "BertModel": (*_BERT, (r"^cls\.", None), (r"^bert\.", "")),
     "CLIPModel": _CLIP_PROJECTED,
@@ -34,15 +31,15 @@ ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "CLIPTextModelWithProjection": _CLIP_PROJECTED,
     "CLIPVisionModel": _CLIP_VISION,
     "CLIPVisionModelWithProjection": _CLIP_PROJECTED,
-    "PixArtTransformer2DModel": _PIXART,
-<<<<<<< HEAD
+    "EDM2UNet": ((r"^unet\.", ""),),
     "GPT2LMHeadModel": (*_GPT2, (r"^(?!transformer\.|lm_head\.)", "transformer.")),
     "GPT2Model": (*_GPT2, (r"^lm_head\.", None), (r"^transformer\.", "")),
+    "PixArtTransformer2DModel": _PIXART,
     "T5EncoderModel": _T5,
-    "UMT5EncoderModel": _T5,
-=======
     "Transformer2DModel": _PIXART,
->>>>>>> dca6a78 (Transformer2DModel, the class that older files of DiT and PixArt name)
+    "UMT5EncoderModel": _T5,
+    "UNet2DModel": _ATTENTION,
+    "VQModel": _ATTENTION,
 }
 # By class: pairs of names that stand for one tensor where the network has one parameter for both, the other name first.
 _SHARED = (("encoder.embed_tokens.weight", "shared.weight"),)
