@@ -48,20 +48,24 @@ def test_a_fresh_one_learns():
     net = from_config(dict(LARGE))
     tokens = normal(7, 2, 8, 8)
     loss = lambda params: sum(jnp.sum(a * (1 + a)) for a in net.apply(params, tokens, T, None, POOLED, CONTROL))
-    gradients = jax.jit(jax.grad(loss))(net.init(jax.random.key(6)))
+    gradients = jax.jit(jax.grad(loss))(jax.jit(net.init)(jax.random.key(6)))
     assert np.abs(gradients["controlnet_blocks"]["0:2"]["kernel"]).max() > 0.01
 
 
 def test_one_without_positions_takes_the_tokens_of_the_denoiser():
     net = from_config(dict(LARGE))
-    tokens = DENOISER.apply(moved(DENOISER), X, method="tokens")
-    residuals = jax.jit(lambda: net.apply(moved(net), tokens, T, None, POOLED, CONTROL))()
+    params = jax.jit(net.init)(jax.random.key(6))
+    shapes = jax.eval_shape(DENOISER.init, jax.random.key(4))
+    tokens = jax.eval_shape(lambda params: DENOISER.apply(params, X, method="tokens"), shapes)
+    assert tokens.shape == (2, 8, 8)
+    tokens = normal(7, *tokens.shape)
+    residuals = jax.jit(net.apply)(params, tokens, T, None, POOLED, CONTROL)
     assert [a.shape for a in residuals] == [tokens.shape] * 2
     for wrong, message in ((X, "x has shape"), (tokens[:, 1:], r"x has shape \(2, 7, 8\); expected \[2, 8, 8\]")):
         with pytest.raises(ValueError, match=message):
-            net.apply(moved(net), wrong, T, None, POOLED, CONTROL)
+            net.apply(params, wrong, T, None, POOLED, CONTROL)
     with pytest.raises(ValueError, match="takes no context"):
-        net.apply(moved(net), tokens, T, CONTEXT, POOLED, CONTROL)
+        net.apply(params, tokens, T, CONTEXT, POOLED, CONTROL)
 
 
 @pytest.mark.parametrize(
