@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.models import settings
-from diffjax.nn import ACTIVATIONS, Compute, attend, tap
+from diffjax.nn import ACTIVATIONS, Compute, attend, tap, widen
 from diffjax.nn.blocks.attention import split_heads
 
 T = TypeVar("T")
@@ -69,10 +70,15 @@ def read(kind: str, cls: type[T], config: Mapping[str, Any]) -> T:
 
 
 def activation(kind: str, name: str, value: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation of a setting; raises `ValueError` for one that is not known."""
+    """The activation of a setting, rounded once, behind it; raises `ValueError` for one that is not known."""
     if value not in ACTIVATIONS:
         raise ValueError(f"{kind}: {name}={value!r} is not supported; supported: {', '.join(map(repr, ACTIVATIONS))}")
-    return ACTIVATIONS[value]
+    return _rounded_once(value)
+
+
+@functools.cache
+def _rounded_once(name: str) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: ACTIVATIONS[name](widen(x)).astype(x.dtype)
 
 
 def divisible(kind: str, width_name: str, width: int, heads_name: str, heads: int) -> None:

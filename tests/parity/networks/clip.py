@@ -101,7 +101,7 @@ def random_case(rng):
     def common():
         heads = int(rng.integers(1, 4))
         return dict(
-            hidden_size=heads * int(rng.choice([4, 8])),
+            hidden_size=heads * int(rng.choice([8, 12])),  # norms over 4 channels make much of bfloat16's roundings
             num_attention_heads=heads,
             intermediate_size=int(rng.integers(5, 40)),
             num_hidden_layers=int(rng.integers(1, 5)),
