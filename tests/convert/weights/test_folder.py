@@ -311,7 +311,7 @@ def test_what_does_not_fit_the_index_is_refused(network, tmp_path):
         ("[" * 100_000, "nested too deeply"),
         ('{"_class_name": "DiTTransformer2DModel", "num_layers": %s}' % ("[" * 300 + "]" * 300), "nested too deeply"),
         ("{}", "names no class"),
-        ('{"_class_name": "Gone"}', "unknown class of network 'Gone'"),
+        ('{"_class_name": "Gone"}', "a 'Gone', which is not known here"),
         ('{"_class_name": "DiTTransformer2DModel", "num_layer": 2}', "did you mean 'num_layers'"),
         ('{"_class_name": "DiTTransformer2DModel", "num_layers": 1000000000}', "layers; at most"),
         ('{"_class_name": "DiTTransformer2DModel", "attention_head_dim": 9999999999999999999}', "of another shape"),
