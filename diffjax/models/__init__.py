@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffjax.core.types import Model
+from diffjax.models.checkpoint import checkpoint
 from diffjax.models.dit import dit
 from diffjax.models.mlp import mlp
 from diffjax.models.presets import PRESETS, preset
 from diffjax.models.unet import unet
 from diffjax.registry import lookup, nearest
 
-MODELS = {"mlp": mlp, "unet": unet, "dit": dit}
+MODELS = {"mlp": mlp, "unet": unet, "dit": dit, "checkpoint": checkpoint}
 # Where the function `(config, **how) -> Model` of a class is; it is imported when it is asked for.
 NETWORKS = {
     "AutoencoderKL": "diffjax.models.autoencoders.kl:autoencoder_kl",
@@ -50,7 +51,7 @@ NETWORKS = {
     "VQModel": "diffjax.models.autoencoders.vq:vq_model",
 }
 
-__all__ = ["MODELS", "NETWORKS", "PRESETS", "dit", "from_config", "kind_of", "mlp", "preset", "unet"]
+__all__ = ["MODELS", "NETWORKS", "PRESETS", "checkpoint", "dit", "from_config", "kind_of", "mlp", "preset", "unet"]
 
 
 def kind_of(config: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from diffjax.convert.weights.rewrite import KEYS, check_target, watched
 from diffjax.convert.weights.survey import PIPELINE, Survey, components, survey, unusual
 from diffjax.convert.weights.tensors import Source
 from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
-from diffjax.models import NETWORKS
+from diffjax.models import NETWORKS, from_config
 from diffjax.train.checkpoint.params import CHECKPOINTS
 from diffjax.train.describe import size_text
 from diffjax.train.survival.workdir import CONFIG_FILE
@@ -229,7 +230,7 @@ def _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite,
     if keys not in (None, *KEYS):
         raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
     run = load_run(source, ema=ema, step=step, items=False)
-    kind = run.model.config.get("_class_name")
+    network = run.model.config.get("network", {})
     if keys == "params":
         leaves = {name: np.asarray(leaf) for name, leaf in paths.named_leaves(run.params).items()}
         types = {name: cast(leaf.dtype, dtype) for name, leaf in leaves.items()}
@@ -238,8 +239,11 @@ def _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite,
             for name, leaf in leaves.items()
         }
         write_folder(target, run.model.config, watched(sources, progress), shard_bytes=shard_bytes, params=True)
-    elif kind in NETWORKS:
-        save(run.model, run.params, target, dtype=dtype, shard_bytes=shard_bytes)
+    elif network.get("_class_name") in NETWORKS:
+        model = from_config(network)
+        # What a loss has learnt besides is none of the network's.
+        own = {name: run.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
+        save(model, own, target, dtype=dtype, shard_bytes=shard_bytes)
     else:
         raise WeightsError(
             f"{source}: its network {run.config.model.name!r} is of no class that checkpoints have "

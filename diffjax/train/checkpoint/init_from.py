@@ -143,7 +143,7 @@ def open_source(config: ConfigDict) -> dict[str, Leaf]:
     if not folder.is_dir():
         raise ConfigError(
             f"config.init_from is {config.init_from!r}; no such folder in {os.getcwd()!r}: give the workdir of a run, "
-            "or a folder with .safetensors or .npz files"
+            "a folder of a checkpoint with its config.json, or one with .safetensors or .npz files"
         )
     if (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS).is_dir():
         return of_workdir(folder, config.init_ema)
@@ -152,6 +152,8 @@ def open_source(config: ConfigDict) -> dict[str, Leaf]:
             f"config.init_ema is {config.init_ema!r}, but {config.init_from!r} is no workdir and has no averages: "
             "leave it empty"
         )
+    if (folder / "config.json").is_file():
+        return of_checkpoint(folder)
     by_kind = {kind: sorted(folder.glob(f"*.{kind}")) for kind in ("safetensors", "npz")}
     kinds = [kind for kind, found in by_kind.items() if found]
     if len(kinds) != 1:
@@ -171,6 +173,34 @@ def open_source(config: ConfigDict) -> dict[str, Leaf]:
             raise ConfigError(f"config.init_from: {file} names arrays that another file has too: {', '.join(twice)}")
         leaves |= found
     return leaves
+
+
+def of_checkpoint(folder: Path) -> dict[str, Leaf]:
+    """The parameters of a folder with the `config.json` of a network of `diffjax.models.NETWORKS`, and its weights."""
+    from diffjax.convert.weights.folder import build, find, match, type_of
+    from diffjax.convert.weights.folder import read_config as read_settings
+    from diffjax.convert.weights.layout import read
+    from diffjax.models import kind_of
+    from diffjax.nn.functional import names_of
+
+    try:
+        config = read_settings(folder)
+        shapes = names_of(build(config, folder)[1])
+        places, tensors = match(kind_of(config), find(folder), shapes)
+    except ValueError as error:
+        raise ConfigError(f"config.init_from: {error}") from error
+    keys = {key for place in places.values() for key in place.keys}
+    if unexpected := sorted(tensors.keys() - keys):
+        raise ConfigError(f"config.init_from: {folder} has tensors that its network has not: {', '.join(unexpected)}")
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    processes.agree("parameters of config.init_from", sizes, "it must be one folder that all of them see")
+
+    def leaf(name, place):
+        kept = type_of(place, tensors, None)
+        return Leaf(tuple(shapes[name].shape), lambda index: read(place, tensors, index, kept))
+
+    held = {name: place for name, place in places.items() if all(key in tensors for key in place.keys)}
+    return {name: leaf(name, place) for name, place in held.items()}
 
 
 def of_workdir(workdir: Path, ema: str) -> dict[str, Leaf]:

@@ -1,0 +1,92 @@
+"""Networks of checkpoints in a training run: from a folder, trained, and back into one."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from diffjax.convert import load, save
+from diffjax.models import checkpoint, from_config
+from diffjax.pipelines.folders import convert
+from diffjax.train import loop
+from diffjax.train.errors import ConfigError
+from diffjax.train.parts import prepare
+from diffjax.train.state import load_run
+
+DIT = {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2}
+UNET = {
+    "_class_name": "UNet2DModel", "block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1,
+    "attention_head_dim": 4, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+
+
+def config(network=DIT, **changes):
+    base = dict(
+        data="digits()", batch_size=8, num_steps=2, log_every=1, checkpoint_every=2, ema=("decay(0.5)",),
+        model=dict(name="checkpoint", network=dict(network)), optim=dict(name="adam", lr=1e-3),
+    )  # fmt: skip
+    return ConfigDict(base | changes)
+
+
+@pytest.mark.parametrize("network", [DIT, UNET], ids=["dit", "unet"])
+def test_the_call_is_that_of_the_network(network):
+    model = checkpoint(shape=(8, 8, 1), num_classes=3, network=network)
+    net = from_config(model.config["network"])
+    x, t, y = np.ones((2, 8, 8, 1), np.float32), np.float32([0.1, 0.5]), np.int32([1, 3])
+
+    @jax.jit
+    def both(key):
+        params = jax.tree.map(lambda a: a + 0.1, model.init(key))
+        outs = model.apply(params, x, t, y), net.apply(params, x, 1000 * t, y)
+        return outs, model.apply(params, x, t), net.apply(params, x, 1000 * t, np.int32([3, 3]))
+
+    (a, b), c, d = both(jax.random.key(0))
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(c, d)
+    assert np.abs(a[0] - c[0]).max() > 1e-4
+
+
+def test_a_published_network_is_tuned_and_written_back(tmp_path):
+    """From a folder into a run, and from the run into a folder that `load` reads."""
+    model = checkpoint(shape=(8, 8, 1), num_classes=10, network=DIT)
+    net = from_config(model.config["network"])
+    start = jax.jit(net.init)(jax.random.key(5))
+    save(net, start, tmp_path / "published")
+    tuned = config(init_from=str(tmp_path / "published"), ema=("decay(0.5)",))
+    loop.train(tuned, str(tmp_path / "run"), stream=io.StringIO())
+    run = load_run(str(tmp_path / "run"), items=False)
+    convert(str(tmp_path / "run"), str(tmp_path / "tuned"))
+    again, params = load(tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["_class_name"] == DIT["_class_name"]
+    assert again.config["num_embeds_ada_norm"] == 10
+    for a, b, first in zip(*map(jax.tree.leaves, (params, run.params, start)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        # Two steps of Adam with the rate 1e-3.
+        assert np.abs(np.asarray(a) - np.asarray(first)).max() < 3e-3
+
+
+def test_a_folder_of_another_network_is_refused(tmp_path):
+    net = from_config(DIT | {"in_channels": 1, "num_embeds_ada_norm": 10, "sample_size": 8, "num_layers": 3})
+    save(net, jax.jit(net.init)(jax.random.key(0)), tmp_path / "published")
+    with pytest.raises(ConfigError, match="transformer_blocks/0:2/attn1/to_q/kernel"):
+        loop.train(config(init_from=str(tmp_path / "published")), str(tmp_path / "run"), stream=io.StringIO())
+
+
+@pytest.mark.parametrize(
+    "network, words",
+    [
+        ({"_class_name": "SD3Transformer2DModel"}, "known: DiTTransformer2DModel, UNet2DModel"),
+        ({}, "known: DiTTransformer2DModel"),
+        (DIT | {"in_channels": 3}, "need 1"),
+        (DIT | {"num_embeds_ada_norm": 9}, "the data have 10 classes"),
+        (UNET | {"num_class_embeds": 10}, "at least 11"),
+        (DIT | {"heads": 3}, "unknown setting 'heads'"),
+    ],
+)
+def test_settings_that_do_not_fit(network, words):
+    with pytest.raises(ConfigError, match=words):
+        prepare(config(network))
