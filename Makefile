@@ -6,6 +6,7 @@ ORACLE ?= .venv-oracle
 PARITY ?= runs/parity
 SEED ?= 0
 COUNT ?= 20
+EACH ?= 2
 
 .PHONY: help setup run test lint slow faults bench errors oracle golden parity clean
 
@@ -54,13 +55,14 @@ golden: oracle  ## the files of diffusers' runs that the tests read
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out tests/parity/golden/adapters
 	$(ORACLE)/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
 
-parity: setup oracle  ## compare COUNT random configurations of each scheduler and network, drawn from SEED, with PyTorch
+parity: setup oracle  ## compare COUNT random configurations of each scheduler and EACH of each family of networks, drawn from SEED, with PyTorch
 	rm -rf $(PARITY)/schedulers $(PARITY)/networks $(PARITY)/official_dit $(PARITY)/adapters
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out $(PARITY)/schedulers --seed $(SEED) --count $(COUNT)
-	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out $(PARITY)/networks --seed $(SEED) --count $(COUNT)
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out $(PARITY)/networks --seed $(SEED) --count $(EACH)
 	$(ORACLE)/bin/python tests/parity/official_dit.py --out $(PARITY)/official_dit --seed $(SEED) --count $(COUNT)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out $(PARITY)/adapters --seed $(SEED) --count $(COUNT)
-	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest tests/adapters tests/convert tests/models -k live
+	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest -n 2 tests/adapters tests/convert tests/models -k live
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/read_back.py --out $(PARITY)/networks
 
 errors: setup  ## what samplers, guidance and inverse problems lose on exact denoisers, beside the peers (half an hour)
 	$(BIN)/python benchmarks/nfe_vs_error.py --oracle $(ORACLE)/bin/python

@@ -180,7 +180,8 @@ def controlnet(config: Mapping[str, Any], **how) -> Model:
     """
     c = settings.read(KIND, Settings, config)
     settings.only(
-        KIND, c, encoder_hid_dim_type=(None, "text_proj"), addition_embed_type=(None, "text", "text_time"),
+        # PyTorch's class has a projection of the context, and never calls it.
+        KIND, c, encoder_hid_dim=(None,), addition_embed_type=(None, "text", "text_time"),
         class_embed_type=(None, "timestep", "identity", "projection"), num_attention_heads=(None,),
         controlnet_conditioning_channel_order=("rgb", "bgr"),
         mid_block_type=("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),

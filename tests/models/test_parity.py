@@ -67,7 +67,7 @@ def committed(folder):
 
 @pytest.mark.skipif(not LIVE, reason="`make parity` records random configurations and sets DIFFJAX_PARITY")
 @pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
-def test_live_run_is_that_of_pytorch(folder, tmp_path):
+def test_live_run_is_that_of_pytorch(folder):
     run, family = np.load(folder / "run.npz"), committed(folder)
     model, params = load(folder)
     given, probes = parts(run, "in"), parts(run, "probe")
@@ -84,7 +84,7 @@ def test_live_run_is_that_of_pytorch(folder, tmp_path):
         found = jax.jit(outputs)(params, given)[1]
     for key, value in parts(run, "out").items():
         np.testing.assert_allclose(found[key], value, **TOLERANCE, err_msg=f"{folder.name} {key}")
-    check_round_trip(model, params, folder, tmp_path)
+    check_round_trip(model, params, folder)
     check_half(family, folder, given, run)
 
 
@@ -100,10 +100,11 @@ def compare_gradients(gradients, path):
             np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=2e-5 + 1e-4 * np.abs(truth).max(), err_msg=key)
 
 
-def check_round_trip(model, params, folder, tmp_path):
-    """What is written has the bytes of what was read."""
-    save(model, params, tmp_path)
-    ours, theirs = ({name: tensor.open() for name, tensor in find(where).items()} for where in (tmp_path, folder))
+def check_round_trip(model, params, folder):
+    """What is written has the bytes of what was read; `parity/read_back.py` shows it to PyTorch."""
+    written = folder / "written"
+    save(model, params, written)
+    ours, theirs = ({name: tensor.open() for name, tensor in find(where).items()} for where in (written, folder))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype and ours[name].tobytes() == value.tobytes()

@@ -17,7 +17,7 @@ def _controlnet(batch=2, size=8, guess=False, **config):
     inputs = {
         "x": ("normal", (batch, size, size, config.get("in_channels", 4))),
         "t": ("times", batch),
-        "context": ("normal", (batch, 5, config.get("encoder_hid_dim") or config["cross_attention_dim"])),
+        "context": ("normal", (batch, 5, config["cross_attention_dim"])),
         "picture": ("normal", (batch, times * size, times * size, config.get("conditioning_channels", 3))),
         "guess": ("value", guess),
     }
@@ -91,7 +91,6 @@ def random_case(rng):
         act_fn=pick("silu", "gelu"),
         resnet_time_scale_shift=pick("default", "scale_shift"),
         num_class_embeds=pick(None, 4),
-        encoder_hid_dim=pick(None, 10),
     )
     config |= pick({}, XL)
     return _controlnet(guess=order == "bgr", **config)
