@@ -22,7 +22,7 @@ ALLOWED = {
         "scipy", "diffjax.core", "diffjax.sampling", "diffjax.models", "diffjax.nn.functional", "diffjax.adapters",
         "diffjax.convert",
     },
-    "nn": {"flax", "diffjax.nn"},
+    "nn": {"absl", "flax", "tokamax", "diffjax.nn"},
     "models": {"flax", "diffjax.nn", "diffjax.models", "diffjax.core.types", "diffjax.registry"},
     "adapters": {
         "flax", "diffjax.nn", "diffjax.models", "diffjax.core.types", "diffjax.registry", "diffjax.adapters",

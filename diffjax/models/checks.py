@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffjax.nn import POLICIES, TIME_EMBEDS, Functional, policy_name
+from diffjax.nn import IMPLEMENTATIONS, POLICIES, TIME_EMBEDS, Functional, kernels, policy_name
 from diffjax.registry import nearest
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -47,6 +47,30 @@ def check_remat(kind: str, remat: str | bool) -> str:
     """The name of a remat policy (`diffjax.nn.POLICIES`); raises `ValueError` for an unknown one."""
     check_name(kind, "remat", policy_name(remat), POLICIES)
     return policy_name(remat)
+
+
+def check_attention(kind: str, setting: str, value: str, dtype: str) -> None:
+    """Raises `ValueError` for an attention (`diffjax.nn.IMPLEMENTATIONS`) that is not known, or not for this dtype.
+
+    Raises:
+      ImportError: for "tokamax" without the package.
+    """
+    check_name(kind, setting, value, IMPLEMENTATIONS)
+    if value == "cudnn" and str(dtype) not in ("bfloat16", "float16"):
+        raise ValueError(f"{kind}: {setting}='cudnn' needs dtype='bfloat16' or 'float16', not {dtype!r}")
+    if value in ("tokamax", "splash") and str(dtype) == "float64":
+        raise ValueError(f"{kind}: {setting}={value!r} is of float32 at most, not dtype='float64'; take 'xla'")
+    if value == "tokamax":
+        kernels.tokamax()
+
+
+def check_cudnn_heads(kind: str, setting: str, head_width: int, given: str) -> None:
+    """Raises `ValueError` for heads that cuDNN's attention does not take."""
+    if head_width % 8 or head_width > 256:
+        raise ValueError(
+            f"{kind}: {setting}='cudnn' needs heads of a multiple of 8 channels, at most 256 (128 before Hopper); "
+            f"{given}; change one of them, or take 'xla'"
+        )
 
 
 def check_divides(kind: str, part: str, value: int, whole: str, *totals: int) -> None:

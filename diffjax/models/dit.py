@@ -12,9 +12,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
-from diffjax.models.checks import check_common, check_divides, check_least, check_name, check_remat, ends_of, network
+from diffjax.models.checks import (
+    check_attention,
+    check_common,
+    check_cudnn_heads,
+    check_divides,
+    check_least,
+    check_name,
+    check_remat,
+    ends_of,
+    network,
+)
 from diffjax.nn import (
-    IMPLEMENTATIONS,
     Condition,
     DiTBlock,
     Linear,
@@ -144,8 +153,8 @@ def dit(
       dtype: of the computation: "float32", "bfloat16", "float16" or (in x64 mode) "float64"; parameters are float32.
       time_embed, time_scale: "sinusoidal" or "fourier", and the factor of the time inside (1000 for times in [0, 1]).
       attention_scale: "sqrt" or, for widths at which the heads grow as well, "mup"; see `diffjax.nn.SelfAttention`.
-      attention_impl: "xla", or "cudnn", which needs a dtype of 16 bits and acts on NVIDIA GPUs alone; see
-        `diffjax.nn.attend`.
+      attention_impl: one of `diffjax.nn.IMPLEMENTATIONS`: "xla", "chunked", or a fused kernel, such as "cudnn", which
+        needs a dtype of 16 bits and acts on NVIDIA GPUs alone; see `diffjax.nn.attend`.
       scan: run the blocks in a `lax.scan`, which compiles in a time that does not grow with the depth; False unrolls.
       remat: which activations of a block are computed again in the backward pass instead of kept, one of
         `diffjax.nn.POLICIES`: "none", "full", "dots", "dots_no_batch"; True is "full".
@@ -157,17 +166,19 @@ def dit(
 
     Raises:
       ValueError: for settings that make no network.
+      ImportError: for `attention_impl="tokamax"` without the package.
     """
     config = dict(locals(), name="dit", shape=tuple(shape))
     ends, loop = ends_of("dit", shape, extra_in, extra_out), (scan, check_remat("dit", remat))
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
-    check_name("dit", "attention_impl", attention_impl, IMPLEMENTATIONS)
+    check_attention("dit", "attention_impl", attention_impl, dtype)
     check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)
     check_divides("dit", "patch", patch, "the image sides", *(side for s in (shape, *shapes) for side in s[:2]))
     check_divides("dit", "heads", heads, "the width", width)
     if attention_impl == "cudnn":
-        _check_cudnn(width, heads, dtype)
+        size = width // heads
+        check_cudnn_heads("dit", "attention_impl", size, f"width={width} over heads={heads} is {size}")
     if width % 4:
         best = max(4, 4 * round(width / 4))
         raise ValueError(f"dit: width={width}: 2-D positions need a multiple of 4; the nearest is width={best}")
@@ -179,14 +190,3 @@ def dit(
     rest = (patch, width, depth, heads, hidden, dropout, attention, jnp.dtype(dtype), time, loop)
     module = functional(lambda rngs: DiT(ends, num_classes, *rest, rngs))
     return Model(*network("dit", ends[0], module, shapes), config=config, rules=RULES, activations=ACTIVATIONS)
-
-
-def _check_cudnn(width, heads, dtype):
-    size = width // heads
-    if dtype not in ("bfloat16", "float16"):
-        raise ValueError(f"dit: attention_impl='cudnn' needs dtype='bfloat16' or 'float16', not {dtype!r}")
-    if size % 8 or size > 256:
-        raise ValueError(
-            f"dit: attention_impl='cudnn' needs heads of a multiple of 8 channels, at most 256 (128 before Hopper); "
-            f"width={width} over heads={heads} is {size}; change one of them, or take 'xla'"
-        )

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.core.types import Model
-from diffjax.models.checks import DTYPES, check_name, check_remat
-from diffjax.nn import IMPLEMENTATIONS, Compute, functional
+from diffjax.models.checks import DTYPES, check_attention, check_name, check_remat
+from diffjax.nn import Compute, functional
 from diffjax.registry import nearest
 
 T = TypeVar("T")
@@ -70,14 +70,13 @@ def how(
 
     Raises:
       ValueError: for an unknown name.
+      ImportError: for `attention="tokamax"` without the package.
     """
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         check_name(kind, name, str(value), DTYPES)
         if str(value) == "float64" and jax.dtypes.canonicalize_dtype(value) != value:
             raise ValueError(f"{kind}: {name}='float64' needs jax.config.update('jax_enable_x64', True)")
-    check_name(kind, "attention", attention, IMPLEMENTATIONS)
-    if attention == "cudnn" and str(dtype) not in ("bfloat16", "float16"):
-        raise ValueError(f"{kind}: attention='cudnn' needs dtype='bfloat16' or 'float16', not {dtype!r}")
+    check_attention(kind, "attention", attention, str(dtype))
     return How(Compute(jnp.dtype(dtype), attention, scan, check_remat(kind, remat)), jnp.dtype(param_dtype))
 
 

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
-from diffjax.models.checks import check_common, check_divides, check_least, check_remat, ends_of, network
+from diffjax.models.checks import (
+    check_attention,
+    check_common,
+    check_cudnn_heads,
+    check_divides,
+    check_least,
+    check_remat,
+    ends_of,
+    network,
+)
 from diffjax.nn import Condition, Conv, GroupNorm, PixelAttention, ResBlock, functional, scope, tap, widen
 from diffjax.nn import remat as checkpointed
 
@@ -50,8 +59,9 @@ class UNet(nnx.Module):
     """
 
     def __init__(
-        self, ends, num_classes, widths, blocks, attention, head_width, groups, dropout, dtype, time, remat, rngs
-    ):
+        self, ends, num_classes, widths, blocks, attention, head_width, implementation, groups, dropout, dtype, time,
+        remat, rngs,
+    ):  # fmt: skip
         (shape, (*_, channels_out)), base, cond_width = ends, widths[0], 4 * widths[0]
         settings = dict(groups=groups, dtype=dtype, rngs=rngs)
 
@@ -61,7 +71,7 @@ class UNet(nnx.Module):
             )
 
         def attend(channels):
-            return PixelAttention(channels, channels // head_width, **settings)
+            return PixelAttention(channels, channels // head_width, implementation=implementation, **settings)
 
         self.cond = Condition(cond_width, num_classes, **time, dtype=dtype, rngs=rngs)
         self.inp = Conv(shape[-1], base, dtype=dtype, rngs=rngs)
@@ -126,7 +136,7 @@ def unet(
     *, shape: tuple[int, int, int], num_classes: int = 0, width: int = 128, mults: tuple[int, ...] = (1, 2, 2, 2),
     blocks: int = 2, attention: tuple[int, ...] = (16,), head_width: int = 64, groups: int = 32, dropout: float = 0.0,
     dtype: str = "float32", time_embed: str = "sinusoidal", time_scale: float = 1000.0, remat: str | bool = "none",
-    extra_in: int = 0, extra_out: int = 0, shapes: tuple = (),
+    extra_in: int = 0, extra_out: int = 0, shapes: tuple = (), attention_impl: str = "xla",
 ) -> Model:  # fmt: skip
     """ADM's U-Net (arXiv:2105.05233, section 3); its output starts at zero.
 
@@ -145,6 +155,7 @@ def unet(
       remat: which activations of a block are computed again in the backward pass instead of kept, one of
         `diffjax.nn.POLICIES`: "none", "full", "dots", "dots_no_batch"; True is "full".
       extra_in, extra_out: channels of `x` and of the output beyond C, such as those of a second image beside it.
+      attention_impl: one of `diffjax.nn.IMPLEMENTATIONS`; see `diffjax.nn.attend`.
 
     Returns:
       A `Model`: `apply(params, x [B, H, W, C], t [B], y [B] int or None, *, key=None) -> [B, H, W, C] float32`. Without
@@ -152,17 +163,22 @@ def unet(
 
     Raises:
       ValueError: for settings that make no network.
+      ImportError: for `attention_impl="tokamax"` without the package.
     """
     config = dict(locals(), name="unet", shape=tuple(shape), mults=tuple(mults), attention=tuple(attention))
     check_common("unet", shape, num_classes, dropout, dtype, time_embed, width)
     check_least("unet", 1, width=width, blocks=blocks, head_width=head_width, groups=groups)
     _check_levels(shape, width, mults, attention, head_width, groups)
+    check_attention("unet", "attention_impl", attention_impl, dtype)
+    if attention_impl == "cudnn":
+        check_cudnn_heads("unet", "attention_impl", head_width, f"head_width={head_width}")
     for other in shapes:
         _check_levels(other, width, mults, (), head_width, groups)
     ends = ends_of("unet", shape, extra_in, extra_out)
     widths = tuple(width * mult for mult in mults)
     time = dict(waves=width, time_embed=time_embed, time_scale=time_scale)
-    rest = (blocks, attention, head_width, groups, dropout, jnp.dtype(dtype), time, check_remat("unet", remat))
+    attended = (attention, head_width, attention_impl)
+    rest = (blocks, *attended, groups, dropout, jnp.dtype(dtype), time, check_remat("unet", remat))
     module = functional(lambda rngs: UNet(ends, num_classes, widths, *rest, rngs))
     return Model(*network("unet", ends[0], module, shapes), config=config, rules=RULES, activations=ACTIVATIONS)
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffjax.nn import kernels
 from diffjax.nn.linear import Linear
 from diffjax.nn.norm import GroupNorm, plus, widen
 from diffjax.nn.taps import scope, tap
 
-IMPLEMENTATIONS = ("xla", "chunked", "cudnn")
+IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "tokamax", "splash")
 CHUNK = 128  # queries at a time, of "chunked"
 
 
@@ -26,13 +27,26 @@ def attend(
         finite, so that a row without keys has a mean and no NaN.
       causal: whether query i sees the keys up to i alone.
       implementation: "xla"; "chunked", the same for some of the queries at a time, so that their weights are never
-        there as a whole, forward or backward; or "cudnn" for the fused kernel of NVIDIA GPUs, which keeps no weights
-        and takes bfloat16 and float16 only; on other devices "xla" takes its place, so that a model can be used there.
+        there as a whole, forward or backward; or a fused kernel, which keeps no weights: "cudnn" of NVIDIA GPUs, for
+        bfloat16 and float16 alone, on other devices "xla" takes its place; "tokamax", the fastest that the package of
+        this name has for the device; "splash" of TPUs, one device each, "chunked" takes its place on other devices and
+        where there is a bias, which splash has not.
 
     Raises:
-      ValueError: for "cudnn" in another type.
+      ValueError: for a name that is not known, "cudnn" in another type, "tokamax" and "splash" in float64.
+      ImportError: for "tokamax" without the package.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
     halves = q.dtype in (jnp.bfloat16, jnp.float16)
+    if implementation in ("tokamax", "splash") and q.dtype == jnp.float64:
+        raise ValueError(f"attention by {implementation} is of float32 at most, here it is float64; take 'xla'")
+    if implementation == "tokamax":
+        return kernels.by_tokamax(q, k, v, scale, bias, causal)
+    if implementation == "splash":
+        if bias is None and jax.devices()[0].platform == "tpu":
+            return kernels.splash(q, k, v, scale, causal)
+        implementation = "chunked"
     if implementation == "chunked":
         return _chunked(q, k, v, scale, bias, causal)
     if implementation == "cudnn" and not halves:
@@ -131,9 +145,10 @@ class SelfAttention(nnx.Module):
 class PixelAttention(nnx.Module):
     """`x + attention(group_norm(x))` over the pixels of `x [B, H, W, C]`, as in ADM; the identity at first."""
 
-    def __init__(self, channels: int, heads: int, *, groups: int, dtype, rngs):
+    def __init__(self, channels: int, heads: int, *, groups: int, implementation: str = "xla", dtype, rngs):
         self.norm = GroupNorm(channels, groups)
-        self.attention = SelfAttention(channels, heads, zero=True, dtype=dtype, rngs=rngs)
+        settings = dict(zero=True, implementation=implementation, dtype=dtype, rngs=rngs)
+        self.attention = SelfAttention(channels, heads, **settings)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])

@@ -160,10 +160,17 @@ def _check_axes(config, model, mesh, given) -> None:
                 f"{given}nothing of the network {name!r} is split over {axis!r} in this mode; {why}, or give these "
                 "devices to 'data' or 'fsdp'"
             )
-    if mesh.shape.get("sequence", 1) > 1 and dict(model.config).get("attention_impl") == "cudnn":
+    kernel = dict(model.config).get("attention_impl")
+    if mesh.shape.get("sequence", 1) > 1 and kernel in ("cudnn", "tokamax", "splash"):
+        name = "cuDNN" if kernel == "cudnn" else kernel
         raise ConfigError(
-            f"{given}cuDNN's attention takes the whole sequence on one device; give the devices of 'sequence' to "
+            f"{given}{name}'s attention takes the whole sequence on one device; give the devices of 'sequence' to "
             "another axis, or take attention_impl='xla'"
+        )
+    if kernel == "splash" and mesh.size > 1 and config.sharding != "pmap":
+        raise ConfigError(
+            f"{given}splash attention is a kernel of one device, which the compiler does not divide; take "
+            "attention_impl='chunked', or sharding='pmap'"
         )
     if config.sharding == "pmap" and (jax.process_count() > 1 or mesh.shape.get("data", 1) != mesh.size):
         raise ConfigError(f"{given}pmap is data parallel in one process; take the mesh 'data=-1', or sharding='data'")

@@ -25,8 +25,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-c
 # Of pyproject.toml, without what is for development: what each is for, and the packages that it needs.
 EXTRAS = {
     "export": ("samplers as files", ("flatbuffers",)),
+    "kernels": ("fused attention", ("tokamax",)),
     "slurm": ("sweeps as SLURM jobs", ("submitit",)),
     "tensorboard": ("TensorBoard files", ("tensorboardX",)),
+    "text": ("tokenizers of text encoders", ("sentencepiece", "tokenizers")),
     "tfds": ("data of TensorFlow Datasets", ("importlib_resources", "tensorflow-datasets")),
 }
 

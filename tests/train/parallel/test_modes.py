@@ -32,6 +32,7 @@ CASES = {
     "sequence with cuDNN": dict(
         model=DIT | dict(width=32, dtype="bfloat16", attention_impl="cudnn"), mesh="data=4,sequence=2", batch_size=8
     ),
+    "splash on several devices": dict(model=DIT | dict(attention_impl="splash"), mesh="data=8", batch_size=8),
     "tokens": dict(model=DIT | dict(patch=4), mesh="sequence=8", batch_size=8),
     "tensor without rules": dict(model=MLP, mesh="data=4,tensor=2", batch_size=8),
     "pmap with tensor": dict(model=MLP, mesh="data=4,tensor=2", sharding="pmap", batch_size=8),
@@ -107,6 +108,7 @@ def test_the_batch_divides_over_data_and_fsdp_alone(eight, case):
         ),
         ("sequence of a perceptron", ["'mlp' is split over 'sequence'"]),
         ("sequence with cuDNN", ["cuDNN's attention takes the whole sequence", "attention_impl='xla'"]),
+        ("splash on several devices", ["splash attention is a kernel of one device", "sharding='pmap'"]),
         ("tokens", ["4 tokens in 'tokens' do not divide over 8 devices along 'sequence'"]),
         ("tensor without rules", ["config.sharding is 'data'", "'mlp' is split over 'tensor'", "take 'rules'"]),
         ("pmap with tensor", ["config.sharding is 'pmap'", "split over 'tensor'"]),
