@@ -81,8 +81,8 @@ class PositionedPatches(PatchEmbed):
         self, channels: int, width: int, patch: int, *, base: int, largest: int | None, compute: Compute, rngs
     ):  # fmt: skip
         super().__init__(channels, width, patch, compute=compute, rngs=rngs)
-        square = grid_positions(width, largest, largest, base=base).reshape(1, -1, width) if largest else None
-        self.pos_embed = None if square is None else nnx.Param(jnp.asarray(square))
+        square = grid_positions(width, largest, largest, base=base, xp=jnp) if largest else None
+        self.pos_embed = None if square is None else nnx.Param(square.reshape(1, -1, width))
         self.patch, self.width, self.base, self.largest = patch, width, base, largest
 
     def __call__(self, x: jax.Array) -> jax.Array:

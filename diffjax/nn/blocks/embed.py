@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,21 +75,22 @@ class TimestepLabelEmbedding(nnx.Module):
         return self.timestep_embedder(timestep_waves(t, 256, shift=self.shift)) + self.class_embedder(y)
 
 
-def grid_positions(dim: int, height: int, width: int, *, base: int, interpolation: float = 1.0) -> np.ndarray:
+def grid_positions(dim: int, height: int, width: int, *, base: int, interpolation: float = 1.0, xp: Any = np) -> Any:
     """Fixed positions `[height, width, dim] float32` of a grid: half of the channels for the column, half for the row.
 
-    As `diffjax.nn.sincos_2d`, with coordinates scaled so that each side of the grid spans `base / interpolation`.
+    As `diffjax.nn.sincos_2d`, with coordinates scaled so that each side of the grid spans `base / interpolation`. With
+    `xp=jnp` only the waves of one row and one column are constants of a traced program, which repeats them.
     """
-    rows, columns = (
-        np.arange(n, dtype=np.float32) / (n / base) / interpolation for n in (height, width)
-    )
     frequencies = 1.0 / 10_000.0 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
-    columns, rows = np.meshgrid(columns, rows)  # width first, as there
-    waves = [
-        np.concatenate([wave(axis.reshape(-1, 1).astype(np.float64) * frequencies) for wave in (np.sin, np.cos)], 1)
-        for axis in (columns, rows)
-    ]
-    return np.concatenate(waves, axis=1).reshape(height, width, dim).astype(np.float32)
+
+    def waves(n):
+        places = np.arange(n, dtype=np.float32) / (n / base) / interpolation
+        phases = places[:, None].astype(np.float64) * frequencies
+        return np.concatenate([np.sin(phases), np.cos(phases)], 1).astype(np.float32)
+
+    columns = xp.broadcast_to(waves(width)[None], (height, width, dim // 2))
+    rows = xp.broadcast_to(waves(height)[:, None], (height, width, dim // 2))
+    return xp.concatenate([columns, rows], -1)
 
 
 class PatchEmbed(nnx.Module):
