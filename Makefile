@@ -53,6 +53,7 @@ golden: oracle  ## the files of diffusers' runs that the tests read
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out tests/parity/golden/networks
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/tokens.py --out tests/parity/golden/tokenizers
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out tests/parity/golden/adapters
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/published.py --out tests/parity/golden/published.json
 	$(ORACLE)/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
 
 parity: setup oracle  ## compare COUNT random configurations of each scheduler and EACH of each family of networks, drawn from SEED, with PyTorch

@@ -74,6 +74,12 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray((1.0 if name.endswith("weight") else 0.0) + 0.05 * noise, np.float32)
 
 
+def digest(shapes) -> str:
+    """A digest of the names and shapes of tensors, `{name: shape}`, whatever their order."""
+    rows = [f"{name} {list(shape)}" for name, shape in sorted(shapes.items())]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
 def families() -> dict[str, Any]:
     """All families by name."""
     return {m.name: importlib.import_module(f"networks.{m.name}") for m in pkgutil.iter_modules(__path__)}

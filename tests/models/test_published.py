@@ -1,0 +1,83 @@
+"""Networks of published checkpoints, by shape alone: the quoted numbers, and every name and shape that PyTorch has."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import networks
+import pytest
+
+from diffjax.convert.weights.layout import layout
+from diffjax.models import from_config
+from diffjax.models.published import PUBLISHED, published
+from diffjax.nn.functional import names_of
+
+PARITY = Path(__file__).parent.parent / "parity" / "golden"
+THEIRS = json.loads((PARITY / "published.json").read_text())
+# Millions of parameters as papers, model cards and repositories tell them, to the last digit told.
+QUOTED = {
+    "sd15/unet": 859.52,
+    "sd15/vae": 83.65,
+    "sd15/text_encoder": 123.06,
+    "sd15/controlnet": 361,
+    "sd15/t2i_adapter": 77,
+    "sd21/unet": 865.91,
+    "sd21/text_encoder": 340.39,
+    "sdxl/unet": 2567,
+    "sdxl/text_encoder_2": 694.66,
+    "sdxl/controlnet": 1251,
+    "sd_x4_upscaler/unet": 473.4,
+    "if_i_xl/unet": 4305,
+    "ddpm_cifar10/unet": 35.7,  # arXiv:2006.11239, Appendix B
+    "ddpm_celebahq_256/unet": 114,
+    "consistency_imagenet64/unet": 295.9,  # ADM's, arXiv:2206.00364, Table 7
+    "sd3_medium/transformer": 2084.95,  # 2028.33, and 56.62 of fixed positions, 192 x 192 x 1536, which the file holds
+    "sd35_large/transformer": 8146.28,  # 8056.63, and 89.65 of fixed positions
+    "flux_dev/transformer": 11901,
+    "flux_schnell/transformer": 11891,
+    "pixart_alpha_512/transformer": 611,  # arXiv:2310.00426: 0.6 B
+    "t5_xxl/text_encoder": 4762,
+    "clip_h/vision": 632.08,
+    "bert_base/text": 109.5,
+    "gpt2/text": 124.4,
+    "taesd/vae": 2.45,
+    "uvit_mid_2/transformer": 131,  # arXiv:2209.12152, Table 1
+    "uvit_large_2/transformer": 287,
+    "uvit_huge_2/transformer": 501,
+    "edm2_xs/unet": 125,  # arXiv:2312.02696, Table 2
+    "edm2_s/unet": 280,
+    "edm2_m/unet": 498,
+    "edm2_l/unet": 777,
+    "edm2_xl/unet": 1119,
+    "edm2_xxl/unet": 1523,
+}
+OFTEN = (
+    "sd15/unet", "sd15/vae", "sd15/text_encoder", "sd21/unet", "sdxl/unet", "sdxl/text_encoder_2", "sd15/controlnet",
+    "sd3_medium/transformer", "flux_dev/transformer", "pixart_alpha_512/transformer", "t5_xxl/text_encoder",
+    "taesd/vae", "edm2_s/unet",
+)  # fmt: skip
+
+
+@pytest.mark.often(*OFTEN)
+@pytest.mark.parametrize("name", PUBLISHED, ids=str)
+def test_shapes_are_those_of_pytorch(name):
+    model = from_config(published(name))
+    places = layout(names_of(jax.eval_shape(model.init, jax.random.key(0)))).values()
+    shapes = {key: place.shape for place in places for key in place.keys}
+    theirs, count = THEIRS[name], sum(map(math.prod, shapes.values()))
+    assert (count, len(shapes), networks.digest(shapes)) == (theirs["count"], theirs["tensors"], theirs["digest"])
+
+
+def test_counts_are_the_quoted_ones():
+    for name, millions in QUOTED.items():
+        digits = len(str(millions).partition(".")[2]) if isinstance(millions, float) else 0
+        assert round(THEIRS[name]["count"] / 1e6, digits) == round(millions, digits), name
+
+
+def test_settings_are_copies_and_names_are_checked():
+    published("sd15/vae")["block_out_channels"].append(1)
+    assert published("sd15/vae", sample_size=8)["block_out_channels"] == [128, 256, 512, 512]
+    assert PUBLISHED["sd15/vae"]["sample_size"] == 512
+    with pytest.raises(ValueError, match="unknown checkpoint 'sdxl/unte'.*did you mean 'sdxl/unet'"):
+        published("sdxl/unte")
