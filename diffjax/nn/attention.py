@@ -51,6 +51,9 @@ def attend(
         return _chunked(q, k, v, scale, bias, causal)
     if implementation == "cudnn" and not halves:
         raise ValueError(f"attention by cudnn needs bfloat16 or float16, here it is {q.dtype}; take 'xla'")
+    if q.dtype == jnp.float16 and implementation == "xla" and jax.default_backend() == "cpu":
+        # XLA's CPU back end has no products of float16 that add up in float32, which JAX's own asks for.
+        return attend(*map(widen, (q, k, v)), scale, bias=bias, causal=causal).astype(q.dtype)
     if halves:
         # The name of a device, since that of the platform is "gpu" for other makers' as well.
         if implementation == "cudnn" and "nvidia" not in jax.devices()[0].device_kind.lower():

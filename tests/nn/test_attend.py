@@ -23,6 +23,13 @@ def test_attention_and_its_gradients_are_those_of_jax(scale):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
 
 
+def test_attention_in_float16_is_that_of_float32_rounded():
+    given = [jax.random.normal(jax.random.key(i), (2, 7, 3, 8), "float16") for i in range(3)]
+    ours, wide = jax.jit(lambda *given: (attend(*given), attend(*(a.astype("float32") for a in given))))(*given)
+    assert ours.dtype == jnp.float16
+    np.testing.assert_allclose(np.float32(ours), wide, rtol=2**-10, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_in_bfloat16_rounds_to_it_where_it_hands_on_alone(scale):
     shapes = (2, 7, 3, 8), (2, 5, 3, 8), (2, 5, 3, 8), (2, 7, 3, 8)
