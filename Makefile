@@ -47,22 +47,24 @@ $(ORACLE)/.ready:
 
 oracle: $(ORACLE)/.ready  ## a virtual environment with PyTorch and diffusers, to compare with
 
-golden: oracle  ## the files of diffusers' runs that the tests read
+golden: oracle  ## the files of PyTorch's runs that the tests read
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out tests/parity/golden
 	$(ORACLE)/bin/python tests/parity/optimizers.py --out tests/parity/golden
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out tests/parity/golden/networks
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/tokens.py --out tests/parity/golden/tokenizers
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out tests/parity/golden/adapters
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/ip_adapter.py --out tests/parity/golden/adapters
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/published.py --out tests/parity/golden/published.json
 	$(ORACLE)/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
 
 parity: setup oracle  ## compare COUNT random configurations of each scheduler and EACH of each family of networks, drawn from SEED, with PyTorch
-	rm -rf $(PARITY)/schedulers $(PARITY)/networks $(PARITY)/official_dit $(PARITY)/adapters
+	rm -rf $(PARITY)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out $(PARITY)/schedulers --seed $(SEED) --count $(COUNT)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out $(PARITY)/networks --seed $(SEED) --count $(EACH)
-	$(ORACLE)/bin/python tests/parity/official_dit.py --out $(PARITY)/official_dit --seed $(SEED) --count $(COUNT)
-	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out $(PARITY)/adapters --seed $(SEED) --count $(COUNT)
-	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest -n 2 tests/adapters tests/convert tests/models -k live
+	$(ORACLE)/bin/python tests/parity/official_dit.py --out $(PARITY)/official_dit --seed $(SEED) --count $(EACH)
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out $(PARITY)/adapters --seed $(SEED) --count $(EACH)
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/ip_adapter.py --out $(PARITY)/ip_adapter --seed $(SEED) --count $(EACH)
+	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest -n 2 tests/adapters tests/convert tests/models tests/pipelines -k live
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/read_back.py --out $(PARITY)/networks
 
 errors: setup  ## what samplers, guidance and inverse problems lose on exact denoisers, beside the peers (half an hour)

@@ -2,6 +2,7 @@
 
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.folder import load
+from diffjax.convert.weights.ip_adapter import load_ip_adapter, save_ip_adapter
 from diffjax.convert.weights.lora import load_lora, lora_components, save_lora
 from diffjax.convert.weights.official_dit import load_official_dit, save_official_dit
 from diffjax.convert.weights.rewrite import rewrite
@@ -12,12 +13,14 @@ from diffjax.convert.weights.write import save
 __all__ = [
     "WeightsError",
     "load",
+    "load_ip_adapter",
     "load_lora",
     "load_official_dit",
     "load_textual_inversion",
     "lora_components",
     "rewrite",
     "save",
+    "save_ip_adapter",
     "save_lora",
     "save_official_dit",
     "save_textual_inversion",

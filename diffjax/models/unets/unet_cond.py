@@ -20,6 +20,7 @@ from diffjax.models.unets.blocks import MID, TYPES, DownLevel, Level, MidLevel, 
 from diffjax.models.unets.unet_2d import RULES as UNET_RULES
 from diffjax.models.unets.unet_2d import check_levels
 from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, scope, tap, widen
+from diffjax.nn.blocks.attention import Pictured
 
 KIND = "UNet2DConditionModel"
 RULES = (
@@ -110,10 +111,11 @@ class UNetCondition(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[0], c.norm_num_groups, eps=c.norm_eps)
         self.conv_out = Conv(widths[0], c.out_channels, c.conv_out_kernel, dtype=compute.dtype, rngs=rngs)
         self.c, self.activation = c, ACTIVATIONS[c.act_fn]
+        self.adapters = 0  # how many IP-Adapters there is room for
 
     def __call__(
         self, x, t, context=None, y=None, *, mask=None, pooled=None, time_ids=None, image=None, hint=None, cond=None,
-        residuals=None, mid_residual=None, adapter=(), key=None,
+        residuals=None, mid_residual=None, adapter=(), pictures=(), key=None,
     ):  # fmt: skip
         c, levels = self.c, len(self.c.block_out_channels)
         settings.expect(KIND, "x", x, None, None, None, c.in_channels - 4 * (c.addition_embed_type == "image_hint"))
@@ -122,6 +124,7 @@ class UNetCondition(nnx.Module):
         condition.check(KIND, c, given)
         keys = (None,) * (2 * levels + 1) if key is None else jax.random.split(key, 2 * levels + 1)
         temb, context, hint = condition.embed(self, c, t, given)
+        context = self._pictured(context, tuple(pictures))
         temb = tap("temb", temb if c.time_embedding_act_fn is None else ACTIVATIONS[c.time_embedding_act_fn](temb))
         bias = mask_bias(mask)
         x = 2 * x - 1.0 if c.center_input_sample else x
@@ -144,6 +147,15 @@ class UNetCondition(nnx.Module):
             with scope(f"up_blocks/{i}"):
                 h, _ = block(h, taken, temb, context, bias=bias, size=size, key=keys[levels + i])
         return widen(self.conv_out(self.activation(self.conv_norm_out(h))))
+
+    def _pictured(self, context, pictures):
+        """The context with the pictures beside it."""
+        if len(pictures) not in (0, self.adapters):
+            raise ValueError(f"{KIND}: {len(pictures)} pictures, in a network for {self.adapters} IP-Adapters")
+        for i, (tokens, _) in enumerate(pictures):
+            width = spread(self.c.cross_attention_dim, 1)[0]
+            settings.expect(KIND, f"pictures[{i}]", tokens, context.shape[0], None, width)
+        return Pictured(context, pictures) if pictures else context
 
 
 def mask_bias(mask: jax.Array | None) -> jax.Array | None:
@@ -257,12 +269,20 @@ def unet_condition(config: Mapping[str, Any], **how) -> Model:
         y: labels `[B]` of a table; what the class embedding takes otherwise, such as the noise level of an upscaler.
         residuals, mid_residual: of a ControlNet, added to the features of the way down and to those of the middle.
         adapter: features of a T2I-Adapter, one for each level.
+        pictures: of IP-Adapters, for a network of `diffjax.adapters.ip_adapter`.
         key: turns dropout on.
       Times are steps of 1000.
 
     Raises:
       ValueError: for settings that are unknown or not supported.
     """
+    c = settings_of(config)
+    make = lambda compute, rngs: UNetCondition(c, compute=compute, rngs=rngs)
+    return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """The settings in a config; raises `ValueError` for what is unknown or not supported."""
     c = settings.read(KIND, Settings, config)
     check_settings(KIND, c)
     settings.only(
@@ -270,8 +290,7 @@ def unet_condition(config: Mapping[str, Any], **how) -> Model:
         cross_attention_norm=(None, "group_norm"), time_embedding_type=("positional", "fourier"),
         time_embedding_act_fn=(None, *ACTIVATIONS), timestep_post_act=(None, *ACTIVATIONS),
     )  # fmt: skip
-    make = lambda compute, rngs: UNetCondition(c, compute=compute, rngs=rngs)
-    return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)
+    return c
 
 
 def check_settings(kind: str, c: Any) -> None:

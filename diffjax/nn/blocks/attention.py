@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -20,6 +21,18 @@ QK_NORMS = {
     "fp32_layer_norm": partial(LayerNorm, scale=False),
     "rms_norm": RMSNorm,
 }
+
+
+class Pictured(NamedTuple):
+    """A context and, beside it, pictures that attention looks at (`diffjax.adapters.ip_adapter`).
+
+    Attributes:
+      context: `[B, S, D]`.
+      pictures: for each adapter its tokens `[B, L, D]` and their weight.
+    """
+
+    context: jax.Array
+    pictures: tuple[tuple[jax.Array, Any], ...]
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -57,12 +70,15 @@ class Attention(nnx.Module):
         self.norm_q, self.norm_k = (QK_NORMS[qk_norm](head_width, eps=qk_eps) for _ in range(2))
         self.to_out = nnx.Dict({"0": Linear(inner, out_width or width, bias=out_bias, **settings)})
         self.heads, self.dropout_rate, self.implementation = heads, dropout_rate, compute.attention
+        # `(q, mixed, pictures) -> mixed`: put here by adapters.
+        self.processor: nnx.Module | None = None
 
     def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, *, bias: jax.Array | None = None,
+        self, x: jax.Array, context: jax.Array | Pictured | None = None, *, bias: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:  # fmt: skip
         """`bias [B or 1, N or 1, T or 1, S]` is added to the scores (`diffjax.nn.attend`)."""
+        context, pictures = context if isinstance(context, Pictured) else (context, ())
         x = x if self.group_norm is None else self.group_norm(x)
         context = x if context is None else context
         given = (self.to_q, x), (self.to_k, context), (self.to_v, context)
@@ -70,7 +86,9 @@ class Attention(nnx.Module):
         q = q if self.norm_q is None else self.norm_q(q)
         k = k if self.norm_k is None else self.norm_k(k)
         q, k, v = tap("q", q), tap("k", k), tap("v", v)
-        mixed = tap("mixed", attend(q, k, v, bias=bias, implementation=self.implementation))
+        mixed = attend(q, k, v, bias=bias, implementation=self.implementation)
+        mixed = mixed if self.processor is None else self.processor(q, mixed, pictures)
+        mixed = tap("mixed", mixed)
         out = self.to_out["0"](mixed.reshape(*mixed.shape[:2], -1))
         return tap("out", dropout(out, self.dropout_rate, key))
 
