@@ -311,7 +311,7 @@ def convert(arguments, overrides) -> int:
         raise UsageError("convert: two folders are needed, as in diffjax convert sd/unet sd16/unet --dtype=float16")
     from diffjax.pipelines.folders import convert as run
 
-    options = _given(arguments, "dtype", "variant", "shard_gb", "keys", "ema", "step")
+    options = _given(arguments, "dtype", "variant", "shard_gb", "keys", "component", "family", "ema", "step")
     run(arguments.SOURCE, arguments.TARGET, overwrite=arguments.overwrite, **options)
     return 0
 

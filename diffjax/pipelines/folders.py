@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diffjax.convert.weights import WeightsError, rewrite, save
 from diffjax.convert.weights.folder import check_dtype, some, type_of
+from diffjax.convert.weights.originals import Contents, original_components, survey_original
 from diffjax.convert.weights.rewrite import KEYS, check_target, watched
 from diffjax.convert.weights.survey import PIPELINE, Survey, components, survey, unusual
 from diffjax.convert.weights.tensors import Source
@@ -73,7 +74,8 @@ def describe_folder(
     settings = dict(dtype=dtype, mesh=mesh, sharding=sharding, values=values)
     if Path(folder, PIPELINE).is_file():
         return _pipeline(Path(folder), variant, settings)
-    return _one(survey(folder, variant), **settings)
+    contents = original_components(folder) if Path(folder).is_file() else None
+    return _original(contents, settings) if contents and contents.parts else _one(survey(folder, variant), **settings)
 
 
 def _pipeline(folder, variant, settings):
@@ -93,6 +95,36 @@ def _pipeline(folder, variant, settings):
         sound &= not (found.report and any(found.report))
         rows.append((name, kind, f"{sum(e.count for e in entries):,}", size_text(_total(entries)), told))
     return f"pipeline {folder}\n{_table(rows)}\n", sound
+
+
+def _original(contents: Contents, settings):
+    """The networks of a file under the names of its authors, and the names of all that belongs to none of them."""
+    if settings["mesh"]:
+        raise ValueError(f"{contents.path}: --mesh needs one network: write it with diffjax convert --component=")
+    rows, sound, beside = [("component", "class", "parameters", "bytes", "weights")], True, list(contents.rest)
+    for name, part in contents.parts.items():
+        beside += [part.prefix + key for key in part.ignored]
+        entries = [Entry(key, t.shape, cast(t.dtype, settings["dtype"])) for key, t in part.tensors.items()]
+        try:
+            found = survey_original(contents.path, name)
+            told, fits = _verdict(found), not any(found.report)
+        except ValueError as error:
+            told, fits = " ".join(str(error).split()), False
+        rows.append((name, part.kind, f"{sum(e.count for e in entries):,}", size_text(_total(entries)), told))
+        sound &= fits
+    text = f"original checkpoint {contents.path}\n{_table(rows)}\n"
+    text += f"{len(beside)} of no network: {some(beside)}\n" if beside else ""
+    if settings["values"]:
+        held = {part.prefix + key: t for part in contents.parts.values() for key, t in part.tensors.items()}
+        told, fine = _values(held)
+        text, sound = text + told, sound and fine
+    return text, sound
+
+
+def _values(tensors) -> tuple[str, bool]:
+    bad = {name: count for name, tensor in _watch(tensors) if (count := unusual(tensor))}
+    told = some([f"{name} ({count:,})" for name, count in bad.items()])
+    return f"\nNaN or infinite: {told or 'nothing'}\n", not bad
 
 
 def _one(found: Survey, *, dtype, mesh, sharding, values):
@@ -115,10 +147,8 @@ def _one(found: Survey, *, dtype, mesh, sharding, values):
     text += _table([("largest", "shape", "dtype", "bytes"), *shown]) + "\n"
     sound = not (found.report and any(found.report))
     if values:
-        bad = {name: count for name, tensor in _watch(found.tensors) if (count := unusual(tensor))}
-        told = some([f"{name} ({count:,})" for name, count in bad.items()])
-        text += f"\nNaN or infinite: {told or 'nothing'}\n"
-        sound &= not bad
+        told, fine = _values(found.tensors)
+        text, sound = text + told, sound and fine
     return text + (_spread(found, entries, mesh, sharding) if mesh else ""), sound
 
 
@@ -193,13 +223,14 @@ def _bar(what: str, total: int | None = None) -> Iterator[Callable[[int, int], N
 
 def convert(
     source: str, target: str, *, dtype: str | None = None, variant: str | None = None, shard_gb: float | None = None,
-    keys: str | None = None, ema: str | None = None, step: int | str | None = None, overwrite: bool = False,
+    keys: str | None = None, component: str | None = None, family: str | None = None, ema: str | None = None,
+    step: int | str | None = None, overwrite: bool = False,
 ) -> None:  # fmt: skip
-    """Writes the network of a checkpoint folder, or of a training run, into another folder.
+    """Writes the network of a checkpoint folder, an original checkpoint or a training run into another folder.
 
     Args:
       source: as for `diffjax.convert.weights.rewrite`, or the workdir of a run.
-      target, dtype, variant, keys, overwrite: as for `diffjax.convert.weights.rewrite`.
+      target, dtype, variant, keys, component, family, overwrite: as for `diffjax.convert.weights.rewrite`.
       shard_gb: most GB of tensors in one file.
       ema, step: of a run, which average and which checkpoint; see `diffjax.train.state.load_run`.
 
@@ -214,11 +245,16 @@ def convert(
         raise ValueError(f"--shard-gb={shard_gb:g}: expected more than 0")
     with _bar("converting") as progress:
         if is_run(source):
+            if component or family:
+                raise ValueError(f"--component and --family are of an original checkpoint; {source} is a run")
             _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress)
             return
         if ema or step is not None:
             raise ValueError(f"{source} is no run and has no averages or steps to choose from")
+        if not component and Path(source).is_file() and (parts := original_components(source).parts):
+            raise ValueError(f"{source} has several networks: name one, --component={'|'.join(parts)}")
         given = dict(dtype=dtype, variant=variant, shard_bytes=shard_bytes, keys=keys)
+        given |= dict(component=component, family=family)
         rewrite(source, target, **given, overwrite=overwrite, progress=progress)
 
 

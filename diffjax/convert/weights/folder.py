@@ -85,12 +85,25 @@ def load(
     difference = compare(places, tensors, names_of(shapes))
     if any(difference):
         raise WeightsError(f"{path}: not the parameters of its {kind_of(config)}: {difference}")
-    shardings = names_of(sharding(model, shapes)) if sharding else dict.fromkeys(places)
+    shardings = sharding(model, shapes) if sharding else None
+    return model, parameters(shapes, places, tensors, param_dtype, shardings)
+
+
+def parameters(
+    shapes: dict, places: Mapping[str, Place], tensors: Mapping[str, Tensor], param_dtype: str | None, shardings: Any
+) -> dict:  # fmt: skip
+    """The parameters of these shapes, read from their places.
+
+    Args:
+      param_dtype: as in `load`.
+      shardings: a tree like `shapes`, or None for the default device.
+    """
+    where = dict.fromkeys(places) if shardings is None else names_of(shardings)
     leaves = [
-        _leaf(place, tensors, tuple(shape.shape), param_dtype, shardings[name])
+        _leaf(place, tensors, tuple(shape.shape), param_dtype, where[name])
         for (name, place), shape in zip(places.items(), jax.tree.leaves(shapes), strict=True)
     ]
-    return model, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def build(config: Mapping[str, Any], path: Path, **how) -> tuple[Model, dict]:
@@ -245,7 +258,8 @@ def rename(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if today in out:
             raise WeightsError(f"{tensor.path}: two tensors are {shown(today)}, one of them {shown(name)}")
         if today is not None:
-            out[today] = tensor._replace(shape=without_pixels(kind, today, tensor.shape))
+            shape = without_pixels(kind, today, tensor.shape)
+            out[today] = tensor if shape == tensor.shape else tensor._replace(shape=shape)
     return out
 
 

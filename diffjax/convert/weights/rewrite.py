@@ -12,6 +12,7 @@ import numpy as np
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.folder import check_dtype, read_config, some, type_of
 from diffjax.convert.weights.layout import Place, layout, read, split
+from diffjax.convert.weights.originals import survey_original
 from diffjax.convert.weights.survey import Survey, survey
 from diffjax.convert.weights.tensors import Source, Tensor
 from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
@@ -23,8 +24,8 @@ KEYS = ("diffusers", "params")
 
 def rewrite(
     source: str | os.PathLike, target: str | os.PathLike, *, dtype: str | None = None, variant: str | None = None,
-    shard_bytes: int = SHARD_BYTES, keys: str | None = None, overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    shard_bytes: int = SHARD_BYTES, keys: str | None = None, component: str | None = None, family: str | None = None,
+    overwrite: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:  # fmt: skip
     """Writes the network of the folder `source` into the folder `target`; one tensor is in memory at a time.
 
@@ -37,6 +38,8 @@ def rewrite(
       variant: of the files of `source`; those of `target` have none.
       shard_bytes: most bytes of tensors in one file.
       keys: one of `KEYS`; None for those that the source has.
+      component, family: of an original checkpoint, which network of it, and whose where it does not tell; see
+        `load_original`.
       overwrite: whether `target` may hold files; its config and weights are replaced.
       progress: called with the bytes written so far, and of all.
 
@@ -49,16 +52,15 @@ def rewrite(
     check_dtype("dtype", dtype)
     if keys not in (None, *KEYS):
         raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
-    found = survey(source, variant)
-    if not found.tensors:
-        raise WeightsError(f"{source}: a config without weights")
+    found = survey(source, variant) if component is None else survey_original(source, component, family=family)
     if found.report and any(found.report):
         raise WeightsError(f"{source}: not the parameters of its {found.kind}: {found.report}")
+    if not found.tensors:
+        raise WeightsError(f"{source}: a config without weights")
     sources = _renamed(found, keys, dtype) if found.model else _kept(found, keys, dtype)
     params = keys == "params" if keys else _is_own(found.tensors)
-    write_folder(
-        target, read_config(Path(source)), watched(sources, progress), shard_bytes=shard_bytes, params=params
-    )
+    config = read_config(Path(source)) if component is None else found.model.config
+    write_folder(target, config, watched(sources, progress), shard_bytes=shard_bytes, params=params)
 
 
 def check_target(target: str | os.PathLike, overwrite: bool) -> None:

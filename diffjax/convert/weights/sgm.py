@@ -1,29 +1,33 @@
-"""Names of the modules of UNet2DConditionModel in Stability's own code (generative-models), which kohya's scripts use
-for SDXL."""
+"""Names of the modules of UNet2DConditionModel in the code of its authors (CompVis' latent-diffusion, Stability's
+generative-models), which original checkpoints have, and kohya's scripts for SDXL."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 ENDS = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
 INNER = {
-    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 # The numbers of both kinds of layers among those of a block.
 KINDS = {"resnets": 0, "attentions": 1}
 BLOCK = re.compile(r"(down_blocks\.(\d+)|mid_block|up_blocks\.(\d+))\.(\w+)\.(\d+)\.(.+)")
 
 
-def sgm_name(module: str, layers_per_block: int) -> str | None:
+def sgm_name(module: str, layers_per_block: int, attended: Sequence[bool] = ()) -> str | None:
     """The name there of a module such as "down_blocks.1.attentions.0.proj_in"; None for one that has none.
 
     Blocks are numbered through there: the first convolution, then the layers of each block, then its change of
-    resolution. An upsampler follows the attention of its layer and its number there depends on whether there is one;
-    it is given here for SDXL's blocks, which have one.
+    resolution. An upsampler follows the attention of its layer.
+
+    Args:
+      attended: of each of `up_blocks`, whether it has attention; without it, those with an upsampler have, as SDXL's.
     """
     if module in ENDS:
         return ENDS[module]
@@ -34,13 +38,14 @@ def sgm_name(module: str, layers_per_block: int) -> str | None:
     layer = int(layer)
     if down is not None:
         first = 1 + int(down) * (layers_per_block + 1)
-        if kind == "downsamplers":
+        if kind == "downsamplers" and rest == "conv":
             return f"input_blocks.{first + layers_per_block}.0.op"
         place = f"input_blocks.{first + layer}"
     elif up is not None:
         first = int(up) * (layers_per_block + 1)
-        if kind == "upsamplers":
-            return f"output_blocks.{first + layers_per_block}.2.conv"
+        if kind == "upsamplers" and rest == "conv":
+            number = 2 if not attended or attended[int(up)] else 1
+            return f"output_blocks.{first + layers_per_block}.{number}.conv"
         place = f"output_blocks.{first + layer}"
     else:
         place = "middle_block"
