@@ -15,18 +15,21 @@ from diffjax.nn import Compute, functional
 from diffjax.registry import nearest
 
 T = TypeVar("T")
+# What training scripts leave in a config.json when they save the average of a run: diffusers' `EMAModel`.
+AVERAGED = frozenset("decay min_decay optimization_step update_after_step use_ema_warmup inv_gamma power".split())
 
 
 def read(kind: str, settings: type[T], config: Mapping[str, Any], ignored: frozenset[str] = frozenset()) -> T:
     """An instance of the frozen dataclass `settings` from the mapping of a `config.json`.
 
-    Lists become tuples. Keys that start with an underscore say where a file came from, those of `ignored` what does not
-    change the network; they are passed over.
+    Lists become tuples. Keys that start with an underscore say where a file came from, those of `AVERAGED` how its
+    weights were averaged, those of `ignored` what does not change the network; they are passed over.
 
     Raises:
       ValueError: for a key that the class lacks, or a value whose type is not that of the default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    ignored = ignored | (AVERAGED - defaults.keys())
     given = {k: _tuples(v) for k, v in config.items() if not k.startswith("_") and k not in ignored}
     for name, value in given.items():
         if name not in defaults:
