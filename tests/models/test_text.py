@@ -120,6 +120,18 @@ def test_older_names_are_read(kind, rename, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path)[1], params)
 
 
+TOWERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPVisionModelWithProjection")
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_tower_is_read_from_a_file_of_both(kind, tmp_path):
+    both = folder_with("CLIPModel", tmp_path, prefixed(""))
+    params = load(tmp_path, config={"architectures": [kind], **CONFIGS[kind]})[1]
+    tower, projection = ("text_model", "text_projection") if "Text" in kind else ("vision_model", "visual_projection")
+    wanted = both[tower] if "Projection" not in kind else {name: both[name] for name in (tower, projection)}
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+
 @pytest.mark.parametrize("kind", TABLES)
 def test_two_tables_that_differ_are_refused(kind, tmp_path):
     name, other = TABLES[kind]

@@ -12,9 +12,12 @@ _ATTENTION = (
     (r"\.proj_attn\.", ".to_out.0."),
 )
 _CLIP = ((r"(^|\.)position_ids$", None),)
-_CLIP_TEXT = (*_CLIP, (r"^text_model\.", ""))
-_CLIP_VISION = (*_CLIP, (r"^(vision_model\.)+", ""))
 _CLIP_PROJECTED = (*_CLIP, (r"^(text|vision)_model\.\1_model\.", r"\1_model."))
+# One tower out of a file of both, with or without what its class has of the projections.
+_NO_IMAGE = (r"^(vision_model\.|visual_projection\.|logit_scale$)", None)
+_NO_TEXT = (r"^(text_model\.|text_projection\.|logit_scale$)", None)
+_CLIP_TEXT = (*_CLIP, _NO_IMAGE, (r"^text_projection\.", None), (r"^text_model\.", ""))
+_CLIP_VISION = (*_CLIP, _NO_TEXT, (r"^visual_projection\.", None), (r"^(vision_model\.)+", ""))
 # The text of no prompt, which pipelines encode instead.
 _PIXART = ((r"^caption_projection\.y_embedding$", None),)
 # TensorFlow's names, and heads that the classes here do not have.
@@ -28,9 +31,9 @@ ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "BertModel": (*_BERT, (r"^cls\.", None), (r"^bert\.", "")),
     "CLIPModel": _CLIP_PROJECTED,
     "CLIPTextModel": _CLIP_TEXT,
-    "CLIPTextModelWithProjection": _CLIP_PROJECTED,
+    "CLIPTextModelWithProjection": (_NO_IMAGE, *_CLIP_PROJECTED),
     "CLIPVisionModel": _CLIP_VISION,
-    "CLIPVisionModelWithProjection": _CLIP_PROJECTED,
+    "CLIPVisionModelWithProjection": (_NO_TEXT, *_CLIP_PROJECTED),
     "EDM2UNet": ((r"^unet\.", ""),),
     "GPT2LMHeadModel": (*_GPT2, (r"^(?!transformer\.|lm_head\.)", "transformer.")),
     "GPT2Model": (*_GPT2, (r"^lm_head\.", None), (r"^transformer\.", "")),
@@ -38,6 +41,7 @@ ALIASES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "T5EncoderModel": _T5,
     "Transformer2DModel": _PIXART,
     "UMT5EncoderModel": _T5,
+    "UNet2DConditionModel": _ATTENTION,
     "UNet2DModel": _ATTENTION,
     "VQModel": _ATTENTION,
 }
