@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.models.checks import check_least, check_name
+from diffjax.models.checks import check_data, check_least, check_name
 
 # Of those that need no more than labels: the setting that counts them, and how many rows it counts besides the classes.
 LABELS = {"DiTTransformer2DModel": ("num_embeds_ada_norm", 0), "UNet2DModel": ("num_class_embeds", 1)}
@@ -42,7 +42,8 @@ def checkpoint(
 
     kind = network.get("_class_name")
     check_name("checkpoint", "network._class_name", kind, LABELS)
-    check_least("checkpoint", 0, num_classes=num_classes, extra_in=extra_in, extra_out=extra_out)
+    check_data("checkpoint", shape, num_classes)
+    check_least("checkpoint", 0, extra_in=extra_in, extra_out=extra_out)
     channels = shape[-1]
     given = {"in_channels": channels + extra_in, "out_channels": channels + extra_out, "sample_size": shape[0]}
     count, more = LABELS[kind]

@@ -16,9 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def check_common(kind: str, shape, num_classes: int, dropout: float, dtype: str, time_embed: str, waves: int) -> None:
     """Raises `ValueError` for what no network can be built from: these settings are common to all of them."""
-    if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"{kind}: shape={tuple(shape)}: expected (height, width, channels), three positive integers")
-    check_least(kind, 0, num_classes=num_classes)
+    check_data(kind, shape, num_classes)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{kind}: dropout={dropout}: expected a rate in [0, 1)")
     check_name(kind, "dtype", dtype, DTYPES)
@@ -27,6 +25,13 @@ def check_common(kind: str, shape, num_classes: int, dropout: float, dtype: str,
     check_name(kind, "time_embed", time_embed, TIME_EMBEDS)
     if waves < 2 or waves % 2:
         raise ValueError(f"{kind}: {waves} channels for the time embedding: expected a positive even number")
+
+
+def check_data(kind: str, shape, num_classes: int) -> None:
+    """Raises `ValueError` for what are no images, or no number of classes."""
+    if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"{kind}: shape={tuple(shape)}: expected (height, width, channels), three positive integers")
+    check_least(kind, 0, num_classes=num_classes)
 
 
 def check_least(kind: str, least: int, **settings: int) -> None:

@@ -43,10 +43,11 @@ def test_wrong_settings(spec, message):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_wrong_shape_and_classes(name):
+    given = {"network": {"_class_name": "UNet2DModel"}} if name == "checkpoint" else {}
     with pytest.raises(ValueError, match=r"shape=\(8, 8\): expected \(height, width, channels\)"):
-        MODELS[name](shape=(8, 8))
+        MODELS[name](shape=(8, 8), **given)
     with pytest.raises(ValueError, match="num_classes=-1: expected an integer >= 0"):
-        MODELS[name](shape=(8, 8, 1), num_classes=-1)
+        MODELS[name](shape=(8, 8, 1), num_classes=-1, **given)
 
 
 def test_unknown_preset():
