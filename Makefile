@@ -55,6 +55,7 @@ golden: oracle  ## the files of PyTorch's runs that the tests read
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out tests/parity/golden/adapters
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/ip_adapter.py --out tests/parity/golden/adapters
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/published.py --out tests/parity/golden/published.json
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/safety.py --out tests/parity/golden/safety.npz
 	$(ORACLE)/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/originals.py --out tests/parity/golden/originals
 

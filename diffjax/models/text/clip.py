@@ -392,6 +392,12 @@ def clip(config: Mapping[str, Any], **how) -> Model:
     return settings.model(kind, config, make, settings.how(kind, **how), RULES)
 
 
+def vision_of(kind: str, config: Mapping[str, Any]) -> tuple[VisionSettings, int]:
+    """The settings of the vision tower in the config of a pair, and the width that its embedding is projected to."""
+    c = read(kind, Settings, config)
+    return _vision_settings(kind, _part(kind, VisionSettings, c.vision_config, c.vision_config_dict)), c.projection_dim
+
+
 def _part(kind, cls, given, replacing):
     """The config of a tower: what the older key says counts, with the defaults of what it does not say."""
     return dict(given or {}) if replacing is None else dataclasses.asdict(read(kind, cls, replacing))
