@@ -53,6 +53,7 @@ golden: oracle  ## the files of PyTorch's runs that the tests read
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out tests/parity/golden/networks
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/tokens.py --out tests/parity/golden/tokenizers
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out tests/parity/golden/adapters
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora_pipeline.py --out tests/parity/golden/adapters/lora_pipeline.npz
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/ip_adapter.py --out tests/parity/golden/adapters
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/published.py --out tests/parity/golden/published.json
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/safety.py --out tests/parity/golden/safety.npz

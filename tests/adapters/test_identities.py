@@ -1,0 +1,105 @@
+"""What adapters leave alone, bit for bit: those that have learnt nothing, and those whose weight is zero.
+
+LoRA changes parameters: equal parameters make equal outputs, so nothing is run. The others add to activations. There
+the networks run one operation after the other (`scan=False`, no `jit`): within one program an added zero may change
+what XLA fuses, and with that the rounding of the last bit.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import clip, flux, mmdit, unet_cond
+from networks.unet_chain import HINT, SHARED, drawn
+
+from diffjax.adapters import controlnet, ip_adapter, lora, textual_inversion
+from diffjax.models import from_config
+from diffjax.nn.functional import names_of
+
+FAMILIES = (unet_cond, mmdit, flux, clip)
+CASES = {name: case for family in FAMILIES for name, case in family.CASES.items()}
+# Kernels of some of the layers: a linear map, a convolution.
+KEYS = {
+    "unet_cond_sdxl": "mid_block/.*(attn2/to_[qk]|conv1)/", "sd35": "to_[qkv]/", "flux-dev": "to_[qkv]/",
+    "clip-text": "_proj/",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_lora_without_b_and_lora_without_weight(name):
+    case = CASES[name]
+    named = {"architectures": [case.kind]} if case.kind.startswith("CLIP") else {"_class_name": case.kind}
+    shapes = jax.eval_shape(from_config({**named, **case.config}).init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: np.float32(rng.standard_normal(a.shape)), shapes)
+    fresh = lora.init(jax.random.key(0), params, [KEYS[name]], rank=2)
+    learnt = jax.tree.map(lambda a: a + 1, fresh)
+    assert len(fresh.pairs) >= 3
+    for given in ([(fresh, 1.0)], [(learnt, 0.0)], [(fresh, -2.0), (learnt, jnp.float32(0))]):
+        jax.tree.map(np.testing.assert_array_equal, lora.apply(params, given), params)
+    changed = names_of(lora.apply(params, [(learnt, 1.0)]))
+    assert all((changed[pair] != names_of(params)[pair]).any() for pair in fresh.pairs)
+
+
+CONFIG = unet_cond.SD | dict(
+    block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """The network with room for a picture, its parameters, and how it denoises."""
+    net = ip_adapter.with_pictures(CONFIG, 1, scan=False)
+    plain = from_config({"_class_name": "UNet2DConditionModel", **CONFIG}, scan=False)
+    params = drawn(plain)
+    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    x, t, context = normal(0, 2, 4, 4, 4), jnp.array([3, 700]), normal(1, 2, 5, 12)
+    adapter = ip_adapter.init(jax.random.key(2), params, 6)
+    both = ip_adapter.join(params, [adapter])
+    denoise = lambda **given: np.asarray(net.apply(both, x, t, context, **given))
+    alone = np.asarray(plain.apply(params, x, t, context))
+    return dict(given=(x, t, context), denoise=denoise, alone=alone, adapter=adapter)
+
+
+def test_controlnet_at_first_and_at_scale_zero(unet):
+    steering = {name: (CONFIG | {"in_channels": 4})[name] for name in SHARED if name in CONFIG or name == "in_channels"}
+    net = controlnet.controlnet(steering | HINT)
+    x, t, context = unet["given"]
+    picture = jax.random.normal(jax.random.key(3), (2, 8, 8, 3))
+    say = jax.jit(lambda params, scale: net.apply(params, x, t, context, picture, scale=scale))
+    fresh, learnt = jax.jit(net.init)(jax.random.key(0)), drawn(net)
+    for said in (say(fresh, 1.0), say(learnt, 0.0)):
+        assert not any(a.any() for a in jax.tree.leaves(said))
+    np.testing.assert_array_equal(unet["denoise"](residuals=said.down, mid_residual=said.mid), unet["alone"])
+    said = say(learnt, 1.0)
+    assert np.abs(unet["denoise"](residuals=said.down, mid_residual=said.mid) - unet["alone"]).max() > 0.01
+
+
+def test_t2i_adapter_at_weight_zero(unet):
+    net = from_config({"_class_name": "T2IAdapter", "channels": (8,), "num_res_blocks": 1})
+    features = jax.jit(net.apply)(drawn(net), jax.random.normal(jax.random.key(4), (2, 32, 32, 3)))
+    np.testing.assert_array_equal(unet["denoise"](adapter=[0.0 * a for a in features]), unet["alone"])
+    assert np.abs(unet["denoise"](adapter=features) - unet["alone"]).max() > 0.01
+
+
+def test_ip_adapter_at_scale_zero(unet):
+    tokens = ip_adapter.project(unet["adapter"], jax.random.normal(jax.random.key(5), (2, 6)))
+    for scale in (0, jnp.float32(0)):
+        np.testing.assert_array_equal(unet["denoise"](pictures=[(tokens, scale)]), unet["alone"])
+    one = unet["denoise"](pictures=[(tokens, jnp.array([0.0, 0.6]))])
+    np.testing.assert_array_equal(one[0], unet["alone"][0])
+    assert np.abs(one[1] - unet["alone"][1]).max() > 0.01
+
+
+def test_textual_inversion_without_the_word():
+    case = CASES["clip-text"]
+    config = {"architectures": ["CLIPTextModel"], **case.config}
+    encoder, larger = from_config(config), from_config(textual_inversion.extended(config, 2))
+    params, ids = drawn(encoder), jnp.array(case.inputs["ids"][1])
+    rows = textual_inversion.init(params, "<cat>", like=5, count=2)
+    more, found = textual_inversion.add(params, rows)
+    encode = lambda net, params, ids: jax.jit(net.apply)(params, ids)
+    alone = encode(encoder, params, ids)
+    jax.tree.map(np.testing.assert_array_equal, encode(larger, more, ids), alone)
+    used = encode(larger, more, ids.at[0, 1].set(found["<cat>"][0])).last
+    assert np.abs(used - alone.last).max() > 0.01
