@@ -1,11 +1,14 @@
 """Runs of diffusers' pipelines with tiny random networks: their folders, the noise that they drew, their images.
 
-    .venv-oracle/bin/python tests/parity/pipelines.py --out FOLDER --seed 3
+    .venv-oracle/bin/python tests/parity/pipelines.py --out tests/parity/golden/pipelines          the committed run
+    .venv-oracle/bin/python tests/parity/pipelines.py --out FOLDER --seed 3 --count 2              random ones
 
-Each case is a folder that `save_pretrained` wrote, with `run.npz`: every draw of unit noise in order, what the pipeline
-was asked for (`facts`), and the images in [0, 1], all `[B, H, W, C]`. Networks are PyTorch's initial ones with N(0,
-0.05) on top of each parameter. The scheduler, the guidance and the number of steps depend on the seed. Needs torch,
-diffusers and transformers, not jax.
+Of the committed run the folder has no weights and no tokenizer: the weights are drawn from their names
+(`networks.weight`), and the tokenizer is `golden/tokenizers/clip`. Each random case
+is a folder that `save_pretrained` wrote. `run.npz` has every draw of unit noise in order, what the pipeline was asked
+for (`facts`), and the images in [0, 1], all `[B, H, W, C]`. Networks are PyTorch's initial ones with N(0, 0.05) on top
+of each parameter. The scheduler, the guidance and some options depend on the seed. Needs torch, diffusers and
+transformers, not jax.
 """
 
 from __future__ import annotations
@@ -107,7 +110,8 @@ def sd_inpaint(rng):
     import diffusers
 
     words = tokenizer()
-    parts = dict(vae=vae(), text_encoder=clip(words), tokenizer=words, unet=unet(in_channels=9), scheduler=scheduler(rng))
+    parts = dict(vae=vae(), text_encoder=clip(words), tokenizer=words, unet=unet(in_channels=9))
+    parts["scheduler"] = scheduler(rng)
     none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     image = rng.uniform(size=(2, 3, 16, 16)).astype(np.float32)
     mask = np.zeros((2, 1, 16, 16), np.float32)
@@ -137,8 +141,9 @@ def sdxl(rng):
 
     words, other = tokenizer(), tokenizer("clip-xl")
     network = unet(
-        cross_attention_dim=40, use_linear_projection=True, attention_head_dim=(2, 4), addition_embed_type="text_time",
-        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 12, transformer_layers_per_block=(1, 2),
+        cross_attention_dim=40, use_linear_projection=True, attention_head_dim=(2, 4),
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 12,
+        transformer_layers_per_block=(1, 2),
     )  # fmt: skip
     parts = dict(
         vae=vae(scaling_factor=0.13025), text_encoder=clip(words), text_encoder_2=clip(other, 24, 12, "gelu"),
@@ -163,8 +168,8 @@ def sd3(rng):
     with_t5 = bool(rng.integers(4))
     parts = dict(
         vae=vae(shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip(words, 16, 10), text_encoder_2=clip(other, 24, 12, "gelu"), tokenizer=words, tokenizer_2=other,
-        text_encoder_3=t5(long, 48) if with_t5 else None, tokenizer_3=long, transformer=network,
+        text_encoder=clip(words, 16, 10), text_encoder_2=clip(other, 24, 12, "gelu"), tokenizer=words,
+        tokenizer_2=other, text_encoder_3=t5(long, 48) if with_t5 else None, tokenizer_3=long, transformer=network,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
     asked = call(rng, guidance_scale=4.5, max_sequence_length=20, negative_prompt=NEGATIVE)
@@ -262,6 +267,7 @@ def watch(draws: list) -> None:
 
 
 def record(name: str, seed: int, folder: Path, committed: bool = False) -> None:
+    """One run of a pipeline; see above for one that is committed."""
     import torch
 
     rng = networks.generator(f"pipelines/{name}/{seed}")
@@ -270,9 +276,13 @@ def record(name: str, seed: int, folder: Path, committed: bool = False) -> None:
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         for part in pipeline.components.values():
-            for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+            # Built and not loaded, they are in training mode, with dropout in T5 and of labels.
+            for key, parameter in part.eval().named_parameters() if isinstance(part, torch.nn.Module) else ():
+                drawn = torch.from_numpy(networks.weight(key, tuple(parameter.shape)))
+                parameter.copy_(drawn if committed else parameter + 0.05 * torch.randn_like(parameter))
     pipeline.save_pretrained(folder)
+    for path in (*folder.glob("*/*.safetensors"), *folder.glob("tokenizer/*")) if committed else ():
+        path.unlink()
     arrays = {f"in/{key}": value.transpose(0, 2, 3, 1) for key, value in asked.items() if isinstance(value, np.ndarray)}
     facts = {key: value for key, value in asked.items() if f"in/{key}" not in arrays}
     draws: list = []
@@ -281,16 +291,18 @@ def record(name: str, seed: int, folder: Path, committed: bool = False) -> None:
     with torch.no_grad():
         images = pipeline(**given, output_type="np").images
     arrays |= {f"draw/{i}": draw.transpose(0, 2, 3, 1) for i, draw in enumerate(draws)}
-    np.savez(folder / "run.npz", facts=json.dumps(facts), images=images, **arrays)
+    np.savez_compressed(folder / "run.npz", facts=json.dumps(facts), images=images, **arrays)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--count", type=int, default=1, help="runs of each pipeline")
+    parser.add_argument("--count", type=int, default=0, help="runs of each pipeline; 0 for the one that is committed")
     parser.add_argument("--only", default="", help="cases, separated by commas; all by default")
     arguments = parser.parse_args()
+    if not arguments.count:
+        record("sd", arguments.seed, arguments.out / "sd-0", committed=True)
     chosen = [name for name in arguments.only.split(",") if name]
     for name in CASES:
         for i in range(arguments.count if not chosen or name in chosen else 0):

@@ -119,7 +119,8 @@ def test_each_tensor_is_accounted_for(tmp_path, case):
     path = file_of(tmp_path, {**tensors, f"{prefix}strange.weight": np.zeros(3, np.float32)})
     with pytest.raises(WeightsError, match=r"1 unexpected: strange\.weight"):
         load_original(path, component, config=config)
-    gone = next(name for name in tensors if name.endswith(("decoder.conv_out.weight", "linear2.weight", "ln_final.weight")))
+    ends = ("decoder.conv_out.weight", "linear2.weight", "ln_final.weight")
+    gone = next(name for name in tensors if name.endswith(ends))
     path = file_of(tmp_path, {name: array for name, array in tensors.items() if name != gone})
     with pytest.raises(WeightsError, match=f"1 missing: {gone.removeprefix(prefix)}"):
         load_original(path, component, config=config)
@@ -135,7 +136,8 @@ def test_of_a_fused_tensor_only_the_part_is_read(tmp_path, monkeypatch):
     from diffjax.convert.weights import tensors
 
     real = tensors._read
-    monkeypatch.setattr(tensors, "_read", lambda file, out, t: (read.append((t.offset, t.nbytes)), real(file, out, t)))
+    noted = lambda file, out, tensor: (read.append((tensor.offset, tensor.nbytes)), real(file, out, tensor))
+    monkeypatch.setattr(tensors, "_read", noted)
     whole_tensor = original_components(path).parts["transformer"].tensors["single_blocks.1.linear1.weight"]
     at = 0
     for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
