@@ -20,6 +20,7 @@ _WEIGHTS = (
     "save_ip_adapter",
     "save_lora",
     "save_official_dit",
+    "save_original",
     "save_textual_inversion",
     "survey",
 )

@@ -88,14 +88,16 @@ def twice(run, x):
 
 def sd(run):
     model, params = load(run.folder / "unet")
-    given = run.conditions(lambda texts: prompts.sd_prompt(run.text(), texts))
+    encoder = run.text()
+    given = run.conditions(lambda texts: prompts.sd_prompt(encoder, texts))
     return run.decoded(run.sample(lambda x, t: model.apply(params, x, t, **given), run.draws[1:]))
 
 
 def sd_inpaint(run):
     model, params = load(run.folder / "unet")
     vae, weights = compiled(run.folder / "vae")
-    given = run.conditions(lambda texts: prompts.sd_prompt(run.text(), texts))
+    encoder = run.text()
+    given = run.conditions(lambda texts: prompts.sd_prompt(encoder, texts))
     mask, image = run.asked["mask_image"], 2 * run.asked["image"] - 1
     moments = vae.apply(weights, jnp.asarray(image * (mask < 0.5)), method="moments")
     spread = posterior(moments) + jnp.exp(0.5 * jnp.split(moments, 2, -1)[1]) * run.draws[1]
@@ -106,7 +108,8 @@ def sd_inpaint(run):
 
 def sd_controlnet(run):
     (model, params), (control, weights) = (load(run.folder / name) for name in ("unet", "controlnet"))
-    given = run.conditions(lambda texts: prompts.sd_prompt(run.text(), texts))
+    encoder = run.text()
+    given = run.conditions(lambda texts: prompts.sd_prompt(encoder, texts))
     picture, scale = twice(run, jnp.asarray(run.asked["image"])), run.asked["controlnet_conditioning_scale"]
 
     def f(x, t):

@@ -50,20 +50,26 @@ def save(
       OSError: disk full, folder read-only; what was there is whole.
     """
     check_dtype("dtype", dtype)
+    tensors = tensors_of(model, params, folder, dtype)
+    write_folder(folder, model.config, tensors, variant=variant, shard_bytes=shard_bytes)
+
+
+def tensors_of(model: Model, params: dict, target: str | os.PathLike, dtype: str | None) -> dict[str, Source]:
+    """The tensors of a network's parameters under the names of its class, to be written to `target`; see `save`."""
     shapes = names_of(jax.eval_shape(model.init, jax.random.key(0)))
     given = names_of(params)
     if {name: tuple(leaf.shape) for name, leaf in given.items()} != {n: tuple(s.shape) for n, s in shapes.items()}:
         wrong = sorted(set(given) ^ set(shapes)) or [n for n in shapes if shapes[n].shape != given[n].shape]
-        raise WeightsError(f"{folder}: params are not those of this {kind_of(model.config)}: {some(wrong)}")
+        raise WeightsError(f"{target}: params are not those of this {kind_of(model.config)}: {some(wrong)}")
     far = [name for name, leaf in given.items() if not getattr(leaf, "is_fully_addressable", True)]
     if far:
-        raise WeightsError(f"{folder}: gather what lies on devices of other processes first: {some(far)}")
+        raise WeightsError(f"{target}: gather what lies on devices of other processes first: {some(far)}")
     tensors: dict[str, Source] = {}
     for name, place in layout(shapes).items():
         kept = cast(given[name].dtype, dtype)
         for i, key in enumerate(place.keys):
             tensors[key] = Source(kept, place.shape, _reader(place, given[name], i, kept))
-    write_folder(folder, model.config, tensors, variant=variant, shard_bytes=shard_bytes)
+    return tensors
 
 
 def cast(given: Any, dtype: str | None) -> np.dtype:

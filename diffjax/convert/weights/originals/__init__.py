@@ -6,5 +6,6 @@ tables of `unet`, `vae`, `mmdit`, `flux` and `text`, which are read in either di
 
 from diffjax.convert.weights.originals.contents import Contents, Part, original_components
 from diffjax.convert.weights.originals.load import load_original, survey_original
+from diffjax.convert.weights.originals.save import save_original
 
-__all__ = ["Contents", "Part", "load_original", "original_components", "survey_original"]
+__all__ = ["Contents", "Part", "load_original", "original_components", "save_original", "survey_original"]

@@ -1,0 +1,64 @@
+"""Networks written under the names of their authors, for programs that read these."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.folder import check_dtype
+from diffjax.convert.weights.originals.contents import UNET
+from diffjax.convert.weights.originals.load import MODULES, complete
+from diffjax.convert.weights.originals.names import Slot, arrange
+from diffjax.convert.weights.tensors import Source, write
+from diffjax.convert.weights.write import tensors_of
+from diffjax.core.types import Model
+from diffjax.models import kind_of
+
+PREFIXES = {"AutoencoderKL": "first_stage_model.", "FluxTransformer2DModel": ""}
+
+
+def save_original(
+    model: Model, params: dict, path: str | os.PathLike, *, prefix: str | None = None, dtype: str | None = None
+) -> None:  # fmt: skip
+    """Writes a U-Net, a VAE or a transformer as `load_original` reads it, one tensor at a time.
+
+    What was read from such a file has the same bytes in the one that is written.
+
+    Args:
+      model, params: of a `UNet2DConditionModel`, `AutoencoderKL`, `SD3Transformer2DModel` or `FluxTransformer2DModel`.
+      path: a safetensors file.
+      prefix: of all names; None for that of the published files.
+      dtype: of the parameters of floating point in the file; None for their own.
+
+    Raises:
+      WeightsError: for another class, options that the authors' networks do not have, or parameters of another network.
+      ValueError: for a `dtype` that is not of floating point.
+      OSError: disk full, folder read-only; what was there is whole.
+    """
+    check_dtype("dtype", dtype)
+    kind = kind_of(model.config)
+    if kind not in MODULES:
+        raise WeightsError(f"{path}: a {kind} has no other names; known: {', '.join(MODULES)}")
+    ours = tensors_of(model, params, path, dtype)
+    naming = MODULES[kind].naming(complete(kind, model.config))
+    slots = arrange(naming, {name: source.shape for name, source in ours.items()})
+    prefix = PREFIXES.get(kind, UNET) if prefix is None else prefix
+    write(path, {prefix + name: _source(slot, ours) for name, slot in slots.items()}, {"format": "pt"})
+
+
+def _source(slot: Slot, ours: Mapping[str, Source]) -> Source:
+    parts = [ours[name] for name in slot.names]
+    return Source(np.result_type(*(part.dtype for part in parts)), slot.shape, _reader(slot, parts))
+
+
+def _reader(slot: Slot, parts) -> Callable[[], np.ndarray]:
+    def read():
+        array = parts[0].read() if len(parts) == 1 else np.concatenate([part.read() for part in parts])
+        if slot.way == "swap":
+            array = np.concatenate(np.split(array, 2)[::-1])
+        return array.T if slot.way == "turn" else array.reshape(slot.shape)
+
+    return read
