@@ -188,7 +188,7 @@ def controlnet(config: Mapping[str, Any], **how) -> Model:
     )  # fmt: skip
     unet_cond.check_settings(KIND, c)
     make = lambda compute, rngs: ControlNet(c, compute=compute, rngs=rngs)
-    return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)
+    return settings.model(KIND, config, make, settings.how(KIND, **how), unet_cond.rules_of(c, RULES))
 
 
 def params_of_unet(params: dict, unet: dict) -> dict:

@@ -119,7 +119,7 @@ def with_pictures(config: Mapping[str, Any], count: int = 1, **how) -> Model:
     if type(count) is not int or count < 1:
         raise ValueError(f"{KIND}: count={count!r}: expected a number of adapters, at least 1")
     make = lambda compute, rngs: PicturedUNet(c, count, compute=compute, rngs=rngs)
-    return settings.model(unet_cond.KIND, config, make, settings.how(KIND, **how), RULES)
+    return settings.model(unet_cond.KIND, config, make, settings.how(KIND, **how), unet_cond.rules_of(c, RULES))
 
 
 def _check(c: unet_cond.Settings) -> None:

@@ -19,7 +19,12 @@ from diffjax.nn import Compute, Conv, widen
 
 KIND = "T2IAdapter"
 TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
-RULES = ((r"/kernel$", (None, None, None, "fsdp")), (r"/bias$", ()))
+RULES = (
+    (r"/block2/kernel$", (None, None, "tensor", "fsdp")),
+    (r"/kernel$", (None, None, "fsdp", "tensor")),
+    (r"/block1/bias$", ("tensor",)),
+    (r"/bias$", ()),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
+from drawn import GOLDEN, params_of, parts
 
 from diffjax.convert import load, save
 from diffjax.convert.weights.folder import find
@@ -17,7 +18,6 @@ from diffjax.convert.weights.tensors import read_header
 from diffjax.models import from_config
 from diffjax.nn.functional import names_of
 
-GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "networks"
 LIVE = os.environ.get("DIFFJAX_PARITY")
 # PyTorch in float32 lies 3e-8 to 8e-6 from itself in float64.
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
@@ -26,30 +26,12 @@ CASES = [(family, name) for family, module in FAMILIES.items() for name in modul
 RUNS = sorted(Path(LIVE, "networks").iterdir()) if LIVE else []
 
 
-def parts(run, kind):
-    return {k.partition("/")[2]: v for k, v in run.items() if k.startswith(f"{kind}/")}
-
-
-def drawn(model):
-    """Parameters drawn from their names in the checkpoint, and the shapes of its tensors."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    places = layout(names_of(shapes))
-    leaves = [_leaf(place) for place in places.values()]
-    held = {key: list(place.shape) for place in places.values() for key in place.keys}
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves), held
-
-
-def _leaf(place):
-    parts = [networks.weight(key, place.shape).transpose(place.axes) for key in place.keys]
-    return np.stack(parts) if place.stacked else parts[0]
-
-
 @pytest.mark.parametrize("family, name", CASES, ids=[name for _, name in CASES])
 def test_forward_is_that_of_pytorch(family, name):
     run = np.load(GOLDEN / f"{name}.npz")
     facts = json.loads(str(run["facts"]))
     model = from_config(facts["config"])
-    params, held = drawn(model)
+    params, held = params_of(model)
     assert held == facts["shapes"]
     module = FAMILIES[family]
     found = jax.jit(lambda params, given: module.ours(model, params, given))(params, parts(run, "in"))

@@ -83,7 +83,11 @@ class Settings:
 
 
 class Depthwise(nnx.Module):
-    """A 3 x 3 convolution of each channel by itself, `[B, H, W, C] -> [B, H, W, C]`."""
+    """A 3 x 3 convolution of each channel by itself, `[B, H, W, C] -> [B, H, W, C]`.
+
+    It is a sum of nine products: of XLA's convolution over groups the gradient for the kernel is wrong where the batch
+    is split over devices.
+    """
 
     def __init__(self, channels: int, *, bias: bool, dtype, rngs):
         # Nine inputs for each output.
@@ -93,10 +97,11 @@ class Depthwise(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        out = jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
-        )
+        # Rounded to the dtype as the inputs of a convolution are, and once more behind its sum.
+        x, kernel = (widen(a.astype(self.dtype)) for a in (x, self.kernel[:, :, 0]))
+        padded, (height, width) = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), x.shape[1:3]
+        parts = (padded[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
+        out = sum(parts).astype(self.dtype)
         return out if self.bias is None else plus(out, self.bias[...])
 
 

@@ -46,7 +46,7 @@ RULES = (
     (r"^time_text_embed/.*/linear_2/kernel$", ("tensor", "fsdp")),
     (r"^(context_embedder|norm_out/linear|proj_out)/kernel$", ("fsdp",)),
     (r"^pos_embed(_input)?/proj/kernel$", (None, None, None, "fsdp")),
-    (r"^pos_embed/pos_embed$", ()),
+    (r"^pos_embed/pos_embed$", (None, None, "fsdp")),
     (r"(^|/)(bias|scale)$", ()),
 )
 

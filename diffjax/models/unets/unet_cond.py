@@ -27,8 +27,6 @@ RULES = (
     (r"/transformer_blocks/.*/(to_[qkv]|proj)/kernel$", (None, "fsdp", "tensor")),
     (r"/transformer_blocks/.*/(to_out/0|net/2)/kernel$", (None, "tensor", "fsdp")),
     (r"/transformer_blocks/.*/net/0/proj/bias$", (None, "tensor")),
-    # Matrices in some checkpoints, convolutions of one pixel in others.
-    (r"/proj_(in|out)/kernel$", ()),
     (r"^(encoder_hid_proj|add_embedding|class_embedding)(/.*)?/kernel$", ("fsdp",)),
     (r"cond_proj/kernel$", (None, "fsdp")),
     (r"positional_embedding$", ()),
@@ -278,7 +276,7 @@ def unet_condition(config: Mapping[str, Any], **how) -> Model:
     """
     c = settings_of(config)
     make = lambda compute, rngs: UNetCondition(c, compute=compute, rngs=rngs)
-    return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)
+    return settings.model(KIND, config, make, settings.how(KIND, **how), rules_of(c, RULES))
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
@@ -291,6 +289,13 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
         time_embedding_act_fn=(None, *ACTIVATIONS), timestep_post_act=(None, *ACTIVATIONS),
     )  # fmt: skip
     return c
+
+
+def rules_of(c: Any, rules: tuple) -> tuple:
+    """The rules with those of the projections around transformers: matrices in some checkpoints, else convolutions."""
+    pixel = () if c.use_linear_projection else (None, None)
+    around = ((r"/proj_in/kernel$", (*pixel, "fsdp", "tensor")), (r"/proj_out/kernel$", (*pixel, "tensor", "fsdp")))
+    return (*around, *rules)
 
 
 def check_settings(kind: str, c: Any) -> None:
