@@ -55,6 +55,7 @@ golden: oracle  ## the files of PyTorch's runs that the tests read
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out tests/parity/golden/adapters
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora_pipeline.py --out tests/parity/golden/adapters/lora_pipeline.npz
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/ip_adapter.py --out tests/parity/golden/adapters
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/pipelines.py --out tests/parity/golden/pipelines
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/published.py --out tests/parity/golden/published.json
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/safety.py --out tests/parity/golden/safety.npz
 	$(ORACLE)/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
@@ -67,6 +68,7 @@ parity: setup oracle  ## compare COUNT random configurations of each scheduler a
 	$(ORACLE)/bin/python tests/parity/official_dit.py --out $(PARITY)/official_dit --seed $(SEED) --count $(EACH)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out $(PARITY)/adapters --seed $(SEED) --count $(EACH)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/ip_adapter.py --out $(PARITY)/ip_adapter --seed $(SEED) --count $(EACH)
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/pipelines.py --out $(PARITY)/pipelines --seed $(SEED) --count $(EACH)
 	DIFFJAX_PARITY=$(PARITY) $(BIN)/python -m pytest -n 2 tests/adapters tests/convert tests/models tests/pipelines -k live
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/read_back.py --out $(PARITY)/networks
 
