@@ -15,8 +15,8 @@ from diffjax.convert.weights.layout import layout
 from diffjax.convert.weights.originals import flux, mmdit, text, unet, vae
 from diffjax.convert.weights.originals.contents import Contents, Part, flat, original_components
 from diffjax.convert.weights.originals.names import Naming, arrange, cut, fit
+from diffjax.convert.weights.originals.views import Unit
 from diffjax.convert.weights.survey import Survey
-from diffjax.convert.weights.views import Unit
 from diffjax.core.types import Model
 from diffjax.models import kind_of
 from diffjax.nn.functional import names_of
@@ -107,6 +107,9 @@ def infer(contents: Contents, component: str, family: str | None = None) -> dict
     # Of an average the names have no dots; it has the shapes of the network beside it.
     tensors = contents.parts["unet" if component == "unet_ema" else component].tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if component == "vae" and "edm_mean" in contents.rest:
+        # Playground 2.5, whose latents have a mean and a spread of their own.
+        raise WeightsError(f"{contents.path}: its latents are scaled by edm_mean and edm_std: give config=")
     try:
         if part.kind in MODULES:
             return MODULES[part.kind].config(shapes, family)

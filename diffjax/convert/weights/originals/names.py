@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.folder import Report
+from diffjax.convert.weights.originals.views import Joined, rows
 from diffjax.convert.weights.tensors import Tensor
-from diffjax.convert.weights.views import Joined, rows
 
 # How a tensor lies there: as it is; with the upper and the lower half of its rows exchanged; transposed; a matrix as a
 # convolution of one pixel.
