@@ -15,7 +15,7 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.nn import Compute, Conv, widen
+from diffjax.nn import Compute, Conv, remat, scope, tap, widen
 
 KIND = "T2IAdapter"
 TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
@@ -72,7 +72,7 @@ class Block(nnx.Module):
         x = x if self.in_conv is None else self.in_conv(x)
         for i in range(self.layers):
             layer = self.resnets[str(i)]
-            x = x + layer["block2"](nnx.relu(layer["block1"](x)))
+            x = x + layer["block2"](nnx.relu(tap("hidden", layer["block1"](x))))
         return x if self.out_conv is None else self.out_conv(x)
 
 
@@ -93,18 +93,22 @@ class Adapter(nnx.Module):
             rows = [(widths[i - 1] if i in (1, 2) else width, width, i == 2) for i, width in enumerate(widths)]
         blocks = (Block(a, b, c.num_res_blocks, half=half, light=light, **given) for a, b, half in rows)
         self.body = nnx.Dict({str(i): block for i, block in enumerate(blocks)})
-        self.count = len(rows)
+        self.count, self.remat = len(rows), compute.remat
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         x, out = x if self.conv_in is None else self.conv_in(x), []
         for i in range(self.count):
-            x = self.body[str(i)](x)
+            with scope(f"body/{i}"):
+                x = tap("out", remat(Block.__call__, self.remat)(self.body[str(i)], x))
             out.append(x)
         return out
 
 
 class T2IAdapter(nnx.Module):
-    """The module of `t2i_adapter`."""
+    """The module of `t2i_adapter`.
+
+    Activations: `hidden` of each layer and `out [B, h, w, C]` under `body/0`, `body/1` and so on.
+    """
 
     def __init__(self, c: Settings, *, compute: Compute, rngs):
         self.adapter, self.c = Adapter(c, compute=compute, rngs=rngs), c

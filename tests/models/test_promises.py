@@ -1,0 +1,135 @@
+"""What every class of `NETWORKS` promises of the ways to compute it: `scan`, `remat`, `dtype`, `param_dtype`, taps."""
+
+import functools
+
+import drawn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from diffjax.models import NETWORKS, from_config
+from diffjax.nn import POLICIES, tapped
+
+# Those whose compilation is cheap are in the fast tests.
+CHEAP = ("CLIPTextModel", "DiTTransformer2DModel", "T2IAdapter", "T5EncoderModel")
+# Without layers of one shape, or with each level another: nothing to scan over.
+UNSCANNED = {"AutoencoderKL", "AutoencoderTiny", "EDM2UNet", "T2IAdapter", "UNet2DModel", "VQModel"}
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def traced(kind, **how):
+    """Whether there is a loop over layers, and whether layers are computed again from their inputs."""
+    case = drawn.small(kind)
+    shapes = drawn.shapes_of(from_config(case.config))
+    found = list(equations(jax.make_jaxpr(drawn.total_of(case, **how))(shapes, case.inputs).jaxpr))
+    # The gradient of a convolution has a rematerialisation of its own, with another policy.
+    policies = [equation.params["policy"] for equation in found if "policy" in equation.params]
+    return any(e.primitive.name == "scan" for e in found), POLICIES["full"] in policies
+
+
+@functools.lru_cache(maxsize=2)
+def run(kind, **how):
+    """`(outputs, gradients)` by name."""
+    case = drawn.small(kind)
+    params, _ = drawn.params_of(from_config(case.config))
+    (_, out), grads = jax.jit(jax.value_and_grad(drawn.total_of(case, **how), has_aux=True))(params, case.inputs)
+    named = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(grads)}
+    return {k: np.asarray(a) for k, a in out.items()}, {k: np.asarray(a) for k, a in named.items()}
+
+
+def compare(a, b):
+    """Sums in another order: some roundings of float32, of the largest of each array and of all of them."""
+    for truth, found in zip(a, b, strict=True):
+        most = max(np.abs(value).max() for value in truth.values())
+        for name, value in truth.items():
+            atol = 1e-5 * np.abs(value).max() + 1e-6 * most
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.often(*CHEAP)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_scan_and_remat_are_heard(kind):
+    assert traced(kind) == (kind not in UNSCANNED, False)
+    scanned, again = traced(kind, scan=False, remat="full")
+    # The call that is compared with PyTorch's has the steered transformer behind it, which scans.
+    assert again and scanned == (kind == "FluxControlNetModel")
+
+
+@pytest.mark.often("DiTTransformer2DModel")
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_scanned_and_unrolled_layers_are_the_same(kind):
+    compare(run(kind), run(kind, scan=False))
+
+
+@pytest.mark.often("DiTTransformer2DModel-full", "T2IAdapter-dots")
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_what_is_computed_again_is_the_same(kind, policy):
+    compare(run(kind), run(kind, remat=policy))
+
+
+@pytest.mark.often("T5EncoderModel", "T2IAdapter")
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_bfloat16_is_near_and_its_gradients_are_float32(kind):
+    (wide, _), (half, grads) = run(kind), run(kind, dtype="bfloat16")
+    assert all(np.isfinite(a).all() and a.dtype == np.float32 for a in grads.values())
+    for name, value in wide.items():
+        assert np.issubdtype(half[name].dtype, np.floating)
+        error = np.sqrt(np.mean((np.float32(half[name]) - value) ** 2)) / np.sqrt(np.mean(value**2))
+        # Each layer rounds to 2^-9; a dozen or two of them add up to a few per cent, a wrong cast would be all of it.
+        assert 0 < error < 0.1 or kind == "VQModel", (name, error)
+
+
+@pytest.mark.often(*CHEAP)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_parameters_are_made_in_the_type_that_is_asked_for(kind):
+    config = drawn.small(kind).config
+    for dtype in ("float32", "bfloat16"):
+        found = {str(a.dtype) for a in jax.tree.leaves(drawn.shapes_of(from_config(config, param_dtype=dtype)))}
+        assert found == {dtype}
+
+
+def heard(kind, change=lambda name, x: x, **how):
+    """The names of the activations of a class, and the outputs' shapes."""
+    case, names = drawn.small(kind), []
+    model = from_config(case.config, **how)
+
+    def function(name, x):
+        assert isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating), name
+        names.append(name)
+        return change(name, x)
+
+    with tapped(function):
+        out = jax.eval_shape(lambda params: case.ours(model, params, case.inputs), drawn.shapes_of(model))
+    return names, out
+
+
+@pytest.mark.often(*CHEAP)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_activations_have_names(kind):
+    names, out = heard(kind)
+    assert len(set(names)) >= 3, names
+    if kind == "DiTTransformer2DModel":
+        again, same = heard(kind, scan=False, remat="full")
+        assert set(again) == set(names) and jax.tree.all(jax.tree.map(lambda a, b: a == b, out, same))
+
+
+@pytest.mark.often("T2IAdapter", "CLIPTextModel")
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_changed_activation_changes_the_output(kind):
+    case = drawn.small(kind)
+    model = from_config(case.config)
+    params, _ = drawn.params_of(model)
+    apply = lambda params: case.ours(model, params, case.inputs)
+    plain = jax.jit(apply)(params)
+    with tapped(lambda name, x: 2 * x):
+        doubled = jax.jit(apply)(params)
+    assert any(not np.allclose(plain[k], doubled[k], rtol=1e-2) for k in plain)
