@@ -18,6 +18,7 @@ from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.models.unets import condition, unet_cond
 from diffjax.nn import Compute, Conv, scope, tap, widen
+from diffjax.nn.blocks import mask_bias
 
 KIND = "ControlNetModel"
 RULES = (
@@ -141,7 +142,7 @@ class ControlNet(nnx.Module):
         settings.expect(KIND, "picture", picture, None, *(times * n for n in x.shape[1:3]), c.conditioning_channels)
         given = condition.Given(context, y, pooled, time_ids, image=image, cond=cond)
         condition.check(KIND, self.unet, given)
-        t, bias = settings.times_of(KIND, t, x), unet_cond.mask_bias(mask)
+        t, bias = settings.times_of(KIND, t, x), mask_bias(mask)
         temb, context, _ = condition.embed(self, self.unet, t, given)
         picture = picture if c.controlnet_conditioning_channel_order == "rgb" else picture[..., ::-1]
         h = tap("features", self.conv_in(x) + self.controlnet_cond_embedding(picture))

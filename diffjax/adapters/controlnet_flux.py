@@ -104,7 +104,7 @@ class FluxControlNet(nnx.Module):
     ):  # fmt: skip
         c, compute = self.c, self.compute
         given = conditions(KIND, c, x, t, context, pooled, positions, context_positions, guidance)
-        temb, places = self.time_text_embed(*given[:3]), given[3]
+        emb, places = nnx.silu(self.time_text_embed(*given[:3])), given[3]
         h = tap("tokens", self.x_embedder(x) + self.controlnet_x_embedder(self._hint(cond, x)))
         context = tap("context", self.context_embedder(context))
         if (mode is None) != (c.num_mode is None):
@@ -114,7 +114,7 @@ class FluxControlNet(nnx.Module):
             mode = jnp.broadcast_to(jnp.asarray(mode), (len(x),))
             context = jnp.concatenate([self.controlnet_mode_embedder(mode)[:, None], context], axis=1)
             places = jnp.concatenate([places[:1], places])
-        given = temb, rotations(places, c.axes_dims_rope), compute
+        given = emb, rotations(places, c.axes_dims_rope), compute
         (h, context), double = run_double(self.transformer_blocks, h, context, *given, keep=True)
         _, single = run_single(self.single_transformer_blocks, h, context, *given, keep=True)
         with scope("controlnet_blocks"):

@@ -18,7 +18,7 @@ from diffjax.models import settings
 from diffjax.models.checks import check_least
 from diffjax.models.transformers import mmdit
 from diffjax.nn import Compute, Linear, layer_norm, modulate, parts_of, run_stack, scope, stack, tap, times, widen
-from diffjax.nn.blocks import Attention, FeedForward, PatchEmbed
+from diffjax.nn.blocks import Attention, FeedForward, Modulation, PatchEmbed
 
 KIND = "SD3ControlNetModel"
 RULES = ((r"^controlnet_blocks/.*/kernel$", (None, "fsdp")), *mmdit.RULES)
@@ -56,7 +56,7 @@ class SingleBlock(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, compute: Compute, rngs):
         given = dict(compute=compute, rngs=rngs)
-        self.norm1 = mmdit.Modulation(width, 6, **given)
+        self.norm1 = Modulation(width, 6, **given)
         self.attn = Attention(width, heads, width // heads, bias=True, **given)
         self.ff = FeedForward(width, activation="gelu-approximate", **given)
 

@@ -34,7 +34,7 @@ from diffjax.nn import (
     timestep_waves,
     widen,
 )  # fmt: skip
-from diffjax.nn.blocks import FeedForward, Projection
+from diffjax.nn.blocks import FeedForward, Modulation, Projection
 from diffjax.nn.linear import ACTIVATIONS
 
 KIND = "FluxTransformer2DModel"
@@ -142,17 +142,6 @@ class TimeTextEmbedding(nnx.Module):
         return out + self.text_embedder(pooled)
 
 
-class Modulation(nnx.Module):
-    """`count` shifts, scales and gates `[B, width]` from the embedding `[B, width]` of time and text."""
-
-    def __init__(self, width: int, count: int, *, compute: Compute, rngs):
-        self.linear = Linear(width, count * width, dtype=compute.dtype, rngs=rngs)
-        self.count = count
-
-    def __call__(self, temb: jax.Array) -> list[jax.Array]:
-        return jnp.split(tap("modulation", self.linear(nnx.silu(temb))), self.count, axis=-1)
-
-
 class Attention(nnx.Module):
     """Attention of tokens `[B, T, C]`, and of a context `[B, L, C]` with projections of its own, to all of them.
 
@@ -200,11 +189,11 @@ class DoubleBlock(nnx.Module):
         self.ff = FeedForward(width, activation="gelu-approximate", **given)
         self.ff_context = FeedForward(width, activation="gelu-approximate", **given)
 
-    def __call__(self, x, context, temb, waves):
+    def __call__(self, x, context, emb, waves):
         with scope("norm1"):
-            shift, scale, gate, *of_x = self.norm1(temb)
+            shift, scale, gate, *of_x = self.norm1(emb)
         with scope("norm1_context"):
-            shift_context, scale_context, gate_context, *of_context = self.norm1_context(temb)
+            shift_context, scale_context, gate_context, *of_context = self.norm1_context(emb)
         with scope("attn"):
             h_context = modulate(layer_norm(context), shift_context, scale_context)
             h, h_context = self.attn(modulate(layer_norm(x), shift, scale), waves, h_context)
@@ -226,9 +215,9 @@ class SingleBlock(nnx.Module):
         self.proj_mlp = Linear(width, 4 * width, dtype=compute.dtype, rngs=rngs)
         self.proj_out = Linear(5 * width, width, dtype=compute.dtype, rngs=rngs)
 
-    def __call__(self, x, temb, waves):
+    def __call__(self, x, emb, waves):
         with scope("norm"):
-            shift, scale, gate = self.norm(temb)
+            shift, scale, gate = self.norm(emb)
         h = modulate(layer_norm(x), shift, scale)
         with scope("attn"):
             mixed = self.attn(h, waves)
@@ -263,7 +252,7 @@ def blocks_of(c: Any, *, compute: Compute, rngs) -> tuple[nnx.Dict, nnx.Dict]:
     return double, single
 
 
-def run_double(blocks, x, context, temb, waves, compute, *, add=lambda i: 0, keep: bool = False):
+def run_double(blocks, x, context, emb, waves, compute, *, add=lambda i: 0, keep: bool = False):
     """`(x, context)` behind the blocks with two streams, and with `keep` the `x` of each, stacked.
 
     `add(i)` goes on top of the image's stream behind block i.
@@ -271,20 +260,20 @@ def run_double(blocks, x, context, temb, waves, compute, *, add=lambda i: 0, kee
 
     def body(block, carried, i):
         with scope("transformer_blocks"):
-            x, context = block(*carried, temb, waves)
+            x, context = block(*carried, emb, waves)
         x = x + add(i)
         return (x, context), x if keep else None
 
     return run_stack(blocks, body, (x, context), compute)
 
 
-def run_single(blocks, x, context, temb, waves, compute, *, add=lambda i: 0, keep: bool = False):
+def run_single(blocks, x, context, emb, waves, compute, *, add=lambda i: 0, keep: bool = False):
     """`x` behind the blocks with one stream, and with `keep` that of each, stacked; `add` as in `run_double`."""
     length = context.shape[1]
 
     def body(block, h, i):
         with scope("single_transformer_blocks"):
-            h = block(h, temb, waves)
+            h = block(h, emb, waves)
         x = h[:, length:] + add(i)
         return jnp.concatenate([h[:, :length], x], axis=1), x if keep else None
 
@@ -324,13 +313,13 @@ class FluxTransformer(nnx.Module):
     ):  # fmt: skip
         c = self.c
         given = conditions(KIND, c, x, t, context, pooled, positions, context_positions, guidance)
-        temb, waves = self.time_text_embed(*given[:3]), rotations(given[3], c.axes_dims_rope)
+        emb, waves = nnx.silu(self.time_text_embed(*given[:3])), rotations(given[3], c.axes_dims_rope)
         x, context = tap("tokens", self.x_embedder(x)), tap("context", self.context_embedder(context))
         add = _added("residuals", residuals, x, c.num_layers, repeat_residuals)
-        (x, context), _ = run_double(self.transformer_blocks, x, context, temb, waves, self.compute, add=add)
+        (x, context), _ = run_double(self.transformer_blocks, x, context, emb, waves, self.compute, add=add)
         add = _added("single_residuals", single_residuals, x, c.num_single_layers, False)
-        x, _ = run_single(self.single_transformer_blocks, x, context, temb, waves, self.compute, add=add)
-        scale, shift = self.norm_out(temb)
+        x, _ = run_single(self.single_transformer_blocks, x, context, emb, waves, self.compute, add=add)
+        scale, shift = self.norm_out(emb)
         return widen(self.proj_out(modulate(layer_norm(x), shift, scale)))
 
 

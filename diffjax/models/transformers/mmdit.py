@@ -34,7 +34,7 @@ from diffjax.nn import (
     timestep_waves,
     widen,
 )
-from diffjax.nn.blocks import Attention, FeedForward, PatchEmbed, Projection, grid_positions
+from diffjax.nn.blocks import Attention, FeedForward, Modulation, PatchEmbed, Projection, grid_positions
 from diffjax.nn.blocks.attention import QK_NORMS, split_heads
 
 KIND = "SD3Transformer2DModel"
@@ -107,17 +107,6 @@ class TimeTextEmbedding(nnx.Module):
 
     def __call__(self, t: jax.Array, pooled: jax.Array) -> jax.Array:
         return self.timestep_embedder(timestep_waves(t, 256)) + self.text_embedder(pooled)
-
-
-class Modulation(nnx.Module):
-    """`count` vectors `[B, width]` from the activated embedding `[B, width]`: shifts, scales and gates."""
-
-    def __init__(self, width: int, count: int, *, compute: Compute, rngs):
-        self.linear = Linear(width, count * width, dtype=compute.dtype, rngs=rngs)
-        self.count = count
-
-    def __call__(self, emb: jax.Array) -> list[jax.Array]:
-        return jnp.split(tap("modulation", self.linear(emb)), self.count, axis=-1)
 
 
 class JointAttention(nnx.Module):

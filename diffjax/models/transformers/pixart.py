@@ -33,7 +33,15 @@ from diffjax.nn import (
     timestep_waves,
     widen,
 )
-from diffjax.nn.blocks import FEEDFORWARDS, Attention, FeedForward, PatchEmbed, Projection, grid_positions
+from diffjax.nn.blocks import (
+    FEEDFORWARDS,
+    Attention,
+    FeedForward,
+    PatchEmbed,
+    Projection,
+    grid_positions,
+    mask_bias,
+)
 
 KIND = "PixArtTransformer2DModel"
 RULES = (
@@ -46,8 +54,6 @@ RULES = (
     (r"^pos_embed/proj/kernel$", (None, None, None, "fsdp")),
     (r"(^|/)(bias|scale|scale_shift_table)$", ()),
 )
-# What a masked token's score is lowered by.
-MASKED = -10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +182,7 @@ class PixArt(nnx.Module):
         t = _check_inputs(c, x, t, context, mask, resolution, aspect_ratio)
         emb, modulation = self.adaln_single(t, resolution, aspect_ratio)
         context = context if self.caption_projection is None else self.caption_projection(context)
-        bias = None if mask is None else MASKED * (1.0 - widen(jnp.asarray(mask)))[:, None, None]
+        bias = mask_bias(mask)
         h = self.pos_embed(x)
         h = tap("tokens", h + jnp.asarray(_positions(c, *x.shape[1:3]), h.dtype))
 

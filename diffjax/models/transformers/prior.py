@@ -18,7 +18,7 @@ from flax import nnx
 from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.nn import Compute, LayerNorm, Linear, plus, run_stack, scope, stack, tap, timestep_waves, widen
-from diffjax.nn.blocks import Attention, FeedForward, Projection
+from diffjax.nn.blocks import MASKED, Attention, FeedForward, Projection, mask_bias
 
 KIND = "PriorTransformer"
 RULES = (
@@ -33,8 +33,6 @@ RULES = (
     (r"^clip_(mean|std)$", ()),
     (r"(^|/)(bias|scale)$", ()),
 )
-# Of what is not seen; both kinds of masks are added up.
-MASKED = -10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +169,8 @@ class Prior(nnx.Module):
                 f"{KIND}: with a mask there must be {self.c.additional_embeddings} tokens besides those of the text, "
                 f"not {length - seen}"
             )
-        padding = (1 - jnp.asarray(mask, jnp.float32)) * MASKED
-        padding = jnp.pad(padding, ((0, 0), (0, length - seen)))
-        return (padding[:, None] + np.triu(np.full((length, length), MASKED, np.float32), 1))[:, None]
+        padding = jnp.pad(mask_bias(mask), ((0, 0), (0, 0), (0, 0), (0, length - seen)))
+        return padding + np.triu(np.full((length, length), MASKED, np.float32), 1)
 
 
 def prior_transformer(config: Mapping[str, Any], **how) -> Model:

@@ -20,7 +20,7 @@ from diffjax.models.unets.blocks import MID, TYPES, DownLevel, Level, MidLevel, 
 from diffjax.models.unets.unet_2d import RULES as UNET_RULES
 from diffjax.models.unets.unet_2d import check_levels
 from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, scope, tap, widen
-from diffjax.nn.blocks.attention import Pictured
+from diffjax.nn.blocks.attention import Pictured, mask_bias
 
 KIND = "UNet2DConditionModel"
 RULES = (
@@ -154,11 +154,6 @@ class UNetCondition(nnx.Module):
             width = spread(self.c.cross_attention_dim, 1)[0]
             settings.expect(KIND, f"pictures[{i}]", tokens, context.shape[0], None, width)
         return Pictured(context, pictures) if pictures else context
-
-
-def mask_bias(mask: jax.Array | None) -> jax.Array | None:
-    """`[B, L]`, 1 for what is seen, as what is added to scores, `[B, 1, 1, L]`."""
-    return None if mask is None else ((1 - mask.astype(jnp.float32)) * -10_000.0)[:, None, None]
 
 
 def run_down(levels: nnx.Dict, h, temb, context, bias, keys, adapter=()):

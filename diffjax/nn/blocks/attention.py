@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.nn.attention import attend
@@ -21,6 +22,15 @@ QK_NORMS = {
     "fp32_layer_norm": partial(LayerNorm, scale=False),
     "rms_norm": RMSNorm,
 }
+
+
+# What the score of a masked token is lowered by: it is seen where all are masked, and masks can be added up.
+MASKED = -10_000.0
+
+
+def mask_bias(mask: jax.Array | None) -> jax.Array | None:
+    """What `mask [B, S]` (1 = seen) adds to scores: `[B, 1, 1, S] float32`, None for None."""
+    return None if mask is None else ((1 - jnp.asarray(mask, jnp.float32)) * MASKED)[:, None, None]
 
 
 class Pictured(NamedTuple):

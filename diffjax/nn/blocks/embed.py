@@ -75,6 +75,20 @@ class TimestepLabelEmbedding(nnx.Module):
         return self.timestep_embedder(timestep_waves(t, 256, shift=self.shift)) + self.class_embedder(y)
 
 
+class Modulation(nnx.Module):
+    """`count` vectors `[B, width]` from the activated embedding `[B, width]`: shifts, scales and gates.
+
+    Activations: `modulation [B, count width]`.
+    """
+
+    def __init__(self, width: int, count: int, *, compute: Compute, rngs):
+        self.linear = Linear(width, count * width, dtype=compute.dtype, rngs=rngs)
+        self.count = count
+
+    def __call__(self, emb: jax.Array) -> list[jax.Array]:
+        return jnp.split(tap("modulation", self.linear(emb)), self.count, axis=-1)
+
+
 def grid_positions(dim: int, height: int, width: int, *, base: int, interpolation: float = 1.0, xp: Any = np) -> Any:
     """Fixed positions `[height, width, dim] float32` of a grid: half of the channels for the column, half for the row.
 
