@@ -23,9 +23,17 @@ LIVE = os.environ.get("DIFFJAX_PARITY")
 TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 FAMILIES = networks.families()
 CASES = [(family, name) for family, module in FAMILIES.items() for name in module.CASES]
+# One of each class, and what the classes of U-Nets differ in most; each costs seconds of compilation.
+OFTEN = (
+    "bert", "bert-masked", "clip-*", "controlnet-flux-union", "controlnet_sd", "dit", "edm2", "flux-dev", "gpt2",
+    "gpt2-lm", "movq", "pixart_alpha", "prior-kandinsky", "safety*", "sd3", "sd35", "sd3_controlnet", "t2i_adapter",
+    "t5", "taesd", "umt5", "unet_2d_*", "unet_cond_if", "unet_cond_sd", "unet_cond_sdxl", "unet_chain_sd", "uvit-*",
+    "vae", "vq",
+)  # fmt: skip
 RUNS = sorted(Path(LIVE, "networks").iterdir()) if LIVE else []
 
 
+@pytest.mark.often(*OFTEN)
 @pytest.mark.parametrize("family, name", CASES, ids=[name for _, name in CASES])
 def test_forward_is_that_of_pytorch(family, name):
     run = np.load(GOLDEN / f"{name}.npz")
