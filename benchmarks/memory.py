@@ -4,9 +4,9 @@
     python benchmarks/memory.py --quick    # tiny sizes; writes nothing
 
 `temp_gib` is what XLA's CPU compiler plans for intermediate results (`memory_analysis`), besides parameters, inputs and
-gradients; on accelerators it plans otherwise, with the same large arrays. Of layers that are not in a loop it merges what
-`remat` would compute again, on a CPU alone: see the U-Net. Networks are of fewer layers than published,
-in bfloat16, unless they say otherwise, at batch 1; the loss is the mean square of the output.
+gradients; on accelerators it plans otherwise, with the same large arrays. Of layers that are not in a loop it merges
+what `remat` would compute again, on a CPU alone: see the U-Net. Networks are of fewer layers than published, in
+bfloat16, unless they say otherwise, at batch 1; the loss is the mean square of the output.
 """
 
 import argparse
