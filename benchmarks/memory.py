@@ -5,8 +5,8 @@
 
 `temp_gib` is what XLA's CPU compiler plans for intermediate results (`memory_analysis`), besides parameters, inputs and
 gradients; on accelerators it plans otherwise, with the same large arrays. Of layers that are not in a loop it merges
-what `remat` would compute again, on a CPU alone: see the U-Net. Networks are of fewer layers than published, in
-bfloat16, unless they say otherwise, at batch 1; the loss is the mean square of the output.
+what `remat` would compute again, on a CPU alone: see the U-Net. Networks are of fewer layers than published,
+in bfloat16, unless they say otherwise, at batch 1; the loss is the mean square of the output.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SD3 = dict(
     caption_projection_dim=1536, joint_attention_dim=4096, pooled_projection_dim=2048, sample_size=128, in_channels=16,
 )  # fmt: skip
 FLUX = dict(_class_name="FluxTransformer2DModel", num_layers=1, num_single_layers=2, guidance_embeds=True)
-# What each is called with besides the parameters: name: (shape, whole numbers?).
+# Each network's config, and the shapes of its inputs.
 NETWORKS = {
     "SD 1.5 U-Net, two of four levels, 64 x 64 latents": (
         SD, dict(x=(1, 64, 64, 4), t=(1,), context=(1, 77, 768)),
@@ -43,7 +43,8 @@ NETWORKS = {
         SD3, dict(x=(1, 128, 128, 16), t=(1,), context=(1, 333, 4096), pooled=(1, 2048)),
     ),
     "Flux, 1 of 19 double and 2 of 38 single blocks, 4096 + 512 tokens": (
-        FLUX, dict(x=(1, 128, 128, 16), t=(1,), context=(1, 512, 4096), pooled=(1, 768), guidance=(1,)),
+        FLUX,
+        dict(x=(1, 4096, 64), t=(1,), context=(1, 512, 4096), pooled=(1, 768), guidance=(1,), positions=(4096, 3)),
     ),
 }  # fmt: skip
 QUICK = {
