@@ -81,11 +81,12 @@ def test_what_is_computed_again_is_the_same(kind, policy):
 def test_bfloat16_is_near_and_its_gradients_are_float32(kind):
     (wide, _), (half, grads) = run(kind), run(kind, dtype="bfloat16")
     assert all(np.isfinite(a).all() and a.dtype == np.float32 for a in grads.values())
-    for name, value in wide.items():
-        assert np.issubdtype(half[name].dtype, np.floating)
-        error = np.sqrt(np.mean((np.float32(half[name]) - value) ** 2)) / np.sqrt(np.mean(value**2))
-        # Each layer rounds to 2^-9; a dozen or two of them add up to a few per cent, a wrong cast would be all of it.
-        assert 0 < error < 0.1 or kind == "VQModel", (name, error)
+    size = lambda a: np.sqrt(np.mean(np.square(a)))
+    errors = {name: size(np.float32(half[name]) - value) / size(value) for name, value in wide.items()}
+    assert max(errors.values()) > 0
+    # Each layer rounds to 2^-9; a dozen or two of them add up to a few per cent, a wrong cast would be all of it. Where
+    # a vector becomes the nearest of a table, another may be nearest.
+    assert max(errors.values()) < 0.1 or kind == "VQModel", errors
 
 
 @pytest.mark.often(*CHEAP)
