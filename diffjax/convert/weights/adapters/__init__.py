@@ -1,0 +1,1 @@
+"""Files of adapters: LoRA, IP-Adapter, textual inversion."""
