@@ -16,6 +16,7 @@ import transformers
 
 # A result in either memory format is the same; the faster one is measured.
 IMAGES = ("UNet2DModel", "UNet2DConditionModel", "AutoencoderKL")
+FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
 def build(kind, config):
@@ -32,43 +33,52 @@ def build(kind, config):
     return module.eval()
 
 
+def inputs_of(path):
+    """The arrays of a file as PyTorch takes them: images `[B, C, H, W]`, whole numbers of 64 bits."""
+    arrays = np.load(path)
+    images = lambda a: a.permute(0, 3, 1, 2) if a.ndim == 4 else a
+    tensors = {name: images(torch.from_numpy(arrays[name])).contiguous() for name in arrays.files}
+    return {name: a if a.is_floating_point() else a.long() for name, a in tensors.items()}
+
+
 def call(kind, module, given):
     """The output of diffusers or transformers, images as `[B, H, W, C]`."""
-    nchw, nhwc = (lambda a: a.permute(0, 3, 1, 2)), (lambda a: a.permute(0, 2, 3, 1))
+    nhwc = lambda a: a.permute(0, 2, 3, 1)
     if kind == "CLIPTextModel":
-        return module(given["ids"].long()).last_hidden_state
+        return module(given["ids"]).last_hidden_state
     if kind == "AutoencoderKL":
-        return nhwc(module.decode(nchw(given["z"])).sample)
-    x, t = nchw(given["x"]), given["t"].long()
-    if kind == "DiTTransformer2DModel":
-        return nhwc(module(x, t, given["y"].long()).sample)
-    return nhwc(module(x, t, *([given["context"]] if "context" in given else [])).sample)
+        return nhwc(module.decode(given["z"]).sample)
+    return nhwc(module(given["x"], given["t"], *(given[name] for name in ("y", "context") if name in given)).sample)
 
 
 class Network:
     """A module, its inputs, and the two things that are timed."""
 
     def __init__(self, job):
-        arrays = np.load(f"{job['folder']}/inputs.npz")
         self.kind, self.module = job["kind"], build(job["kind"], job["config"])
-        self.given = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        self.given = inputs_of(f"{job['folder']}/inputs.npz")
         self.module.save_pretrained(f"{job['folder']}/network")
         with torch.no_grad():
             output = call(self.kind, self.module, self.given)
         np.save(f"{job['folder']}/output.npy", output.numpy())
         self.probe = torch.from_numpy(np.random.default_rng(1).standard_normal(tuple(output.shape), np.float32))
         self.params = list(self.module.parameters())
-        self.channels_last = self.kind in IMAGES and self.faster_so()
+        self.norm = float(torch.sqrt(sum(g.square().sum() for g in self.both() if g is not None)))
+        self.ms = {str(f): self.timed_in(f) for f in FORMATS} if self.kind in IMAGES else {}
+        self.format = min(FORMATS, key=lambda f: self.ms.get(str(f), 0.0))
+        self.turn(self.format)
 
-    def faster_so(self):
-        times = []
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            self.module.to(memory_format=memory_format)
-            self.time("both", 1)
-            times.append(self.time("both", 3))
-        if times[1] >= times[0]:
-            self.module.to(memory_format=torch.contiguous_format)
-        return times[1] < times[0]
+    def turn(self, memory_format):
+        """Weights and images into a memory format."""
+        self.module.to(memory_format=memory_format)
+        images = lambda a: a.contiguous(memory_format=memory_format) if a.ndim == 4 else a
+        self.given = {name: images(a) for name, a in self.given.items()}
+
+    def timed_in(self, memory_format):
+        """Milliseconds of forward and backward."""
+        self.turn(memory_format)
+        self.time("both", 1)
+        return self.time("both", 3)
 
     def forward(self):
         with torch.no_grad():
@@ -96,7 +106,7 @@ def main():
         job = json.loads(line)
         if "folder" in job:
             network = Network(job)
-            answer = {"torch": torch.__version__, "channels_last": network.channels_last}
+            answer = {"torch": torch.__version__, "format": str(network.format), "norm": network.norm}
         else:
             answer = {"ms": network.time(job["what"], job["steps"])}
         print(json.dumps(answer), file=out, flush=True)
