@@ -13,8 +13,8 @@ from networks.dit import CASES
 
 from diffjax.adapters import lora
 from diffjax.convert import WeightsError
-from diffjax.convert.weights.layout import layout
 from diffjax.convert.weights.adapters.lora import METADATA, load_lora, lora_components, save_lora, spellings, targets_of
+from diffjax.convert.weights.layout import layout
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.models import dit, from_config
 from diffjax.nn.functional import names_of
