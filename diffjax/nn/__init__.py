@@ -4,7 +4,7 @@ from diffjax.nn.adaln import DiTBlock, MLPBlock, modulation
 from diffjax.nn.attention import IMPLEMENTATIONS, PixelAttention, SelfAttention, attend
 from diffjax.nn.conv import Conv, ResBlock, double, halve
 from diffjax.nn.embed import TIME_EMBEDS, Condition, fourier, sincos_2d, sinusoidal, timestep_waves
-from diffjax.nn.functional import Functional, functional, rngs_of
+from diffjax.nn.functional import Functional, functional, numbered, rngs_of
 from diffjax.nn.linear import ACTIVATIONS, Linear
 from diffjax.nn.norm import (
     GroupNorm,
@@ -51,6 +51,7 @@ __all__ = [
     "layer_norm",
     "modulate",
     "modulation",
+    "numbered",
     "parts_of",
     "plus",
     "policy_name",

@@ -5,7 +5,7 @@ Nothing outside `diffjax.nn` and `diffjax.models` sees an NNX object: losses, sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,14 @@ def names_of(tree) -> dict[str, Any]:
     """`{"a/b/c": leaf}` of a nested dict."""
     leaves, _ = tree_flatten_with_path(tree)
     return {"/".join(str(getattr(part, "key", part)) for part in path): leaf for path, leaf in leaves}
+
+
+def numbered(layers: nnx.Dict) -> Iterator[tuple[str, nnx.Module]]:
+    """The entries of a dictionary whose names are numbers, in the order of these numbers.
+
+    Flax sorts names as text when it merges a module: "10" comes before "2" in the dictionary itself.
+    """
+    return ((name, layers[name]) for name in sorted(layers, key=int))
 
 
 def check_params(params, shapes) -> None:

@@ -25,6 +25,7 @@ from diffjax.models.autoencoders import (
     to_bytes,
     to_latents,
 )
+from diffjax.nn import tapped
 
 SMALL = {
     "_class_name": "AutoencoderKL", "block_out_channels": [4, 4], "norm_num_groups": 2, "sample_size": 8,
@@ -62,6 +63,23 @@ def net():
 def test_parameters_of_published_networks(config, wanted):
     shapes = jax.eval_shape(from_config(config).init, jax.random.key(0))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == wanted
+
+
+def test_layers_run_in_the_order_of_their_numbers():
+    """Flax sorts names as text: "10" before "2"."""
+    model = from_config(SMALL | {"layers_per_block": 11})
+    seen = []
+
+    def function(name, x):
+        place, _, number = name.removesuffix("/out").partition("/resnets/")
+        seen.extend([(place, int(number))] if number.isdigit() else [])
+        return x
+
+    x = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
+    with tapped(function):
+        jax.eval_shape(model.apply, jax.eval_shape(model.init, jax.random.key(0)), x)
+    for part, count in (("encoder/down_blocks/0", 11), ("decoder/up_blocks/1", 12)):
+        assert [number for place, number in seen if place == part] == list(range(count))
 
 
 @pytest.mark.parametrize(

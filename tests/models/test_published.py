@@ -1,5 +1,7 @@
-"""Networks of published checkpoints, by shape alone: the quoted numbers, and every name and shape that PyTorch has."""
+"""Networks of published checkpoints, by shape alone: the quoted numbers, every name and shape that PyTorch has, and
+that their call runs through at their full depth."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -9,7 +11,7 @@ import networks
 import pytest
 
 from diffjax.convert.weights.layout import layout
-from diffjax.models import from_config
+from diffjax.models import NETWORKS, from_config, kind_of
 from diffjax.models.published import PUBLISHED, published
 from diffjax.nn.functional import names_of
 
@@ -84,6 +86,63 @@ def test_shapes_are_those_of_pytorch(name):
 @pytest.mark.parametrize("name", FILES, ids=str)
 def test_a_published_file_is_taken_as_it_is(name):
     check(FILES[name], SAME.get(name, name.replace("-", "/", 1)))
+
+
+def call_of(config):
+    """The inputs of a class, of one sample and few pixels, by position and by name; more than it has to have none."""
+    kind = kind_of(config)
+    module = importlib.import_module(NETWORKS[kind].partition(":")[0])
+    c = {} if "architectures" in config else {**vars(module.Settings()), **config}
+    array = lambda *shape, dtype="float32": jax.ShapeDtypeStruct((1, *shape), dtype)
+    whole = lambda *shape: array(*shape, dtype="int32")
+    if kind == "VQModel" or kind.startswith("Autoencoder"):
+        return (array(32, 32, c["in_channels"]),), {}
+    if "architectures" in config:
+        return (array(224, 224, 3) if "Vision" in kind else whole(7),), {}
+    if kind == "T2IAdapter":
+        return (array(64, 64, 3),), {}
+    side = c.get("img_size") or c.get("img_resolution") or 64
+    x, t = array(side, side, c.get("in_channels") or c.get("in_chans") or c.get("img_channels")), whole()
+    text = array(7, c.get("encoder_hid_dim") or c.get("cross_attention_dim") or c.get("joint_attention_dim", 0))
+    if kind.startswith(("UNet2DCond", "ControlNet")):
+        sizes = ((c["projection_class_embeddings_input_dim"] or 2816) - 1280) // 256  # 6, and 5 of the refiner
+        named = dict(context=text, pooled=array(1280), time_ids=array(sizes), image=array(1280))
+        if c["num_class_embeds"]:
+            named["y"] = whole()
+        if kind == "ControlNetModel":
+            named["picture"] = array(8 * side, 8 * side, 3)
+        if c["encoder_hid_dim_type"] == "image_proj":
+            named["context"] = None
+        return (x, t), named
+    if kind == "SD3Transformer2DModel":
+        return (x, t, text, array(c["pooled_projection_dim"])), {}
+    if kind == "FluxTransformer2DModel":
+        places = jax.ShapeDtypeStruct((9, 3), "float32")
+        guidance = array() if c["guidance_embeds"] else None
+        tokens = array(9, c["in_channels"]), t, text, array(c["pooled_projection_dim"])
+        return tokens, dict(positions=places, guidance=guidance)
+    if kind == "PixArtTransformer2DModel":
+        sizes = dict(resolution=array(2), aspect_ratio=array(1))
+        alone = c["sample_size"] != 128 or c["use_additional_conditions"] is False
+        return (x, t, array(7, c["caption_channels"])), {} if alone else sizes
+    if kind == "PriorTransformer":
+        width = c["embedding_dim"]
+        return (array(width), t, array(width), array(77, width)), {}
+    labels = c.get("num_class_embeds", True)
+    return (x, t, whole() if labels else None), {}
+
+
+@pytest.mark.often("sd15/t2i_adapter", "t5_xxl/text_encoder", "taesd/vae", "gpt2/text", "dit_xl_2_256/transformer")
+@pytest.mark.parametrize("name", PUBLISHED, ids=str)
+def test_the_call_runs_through(name):
+    config = published(name)
+    model = from_config(config)
+    inputs, named = call_of(config)
+    out = jax.eval_shape(
+        lambda params, inputs, named: model.apply(params, *inputs, **named),
+        jax.eval_shape(model.init, jax.random.key(0)), inputs, named,
+    )  # fmt: skip
+    assert jax.tree.leaves(out) and all(leaf.dtype == "float32" for leaf in jax.tree.leaves(out))
 
 
 def test_counts_are_the_quoted_ones():

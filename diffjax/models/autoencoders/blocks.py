@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.models.checks import check_divides, check_least, check_name
-from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, remat, scope, tap
+from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, numbered, remat, scope, tap
 from diffjax.nn.blocks import Attention, Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6
@@ -130,7 +130,7 @@ class Blocks(nnx.Module):
         self.remat = compute.remat
 
     def __call__(self, x: jax.Array, z: jax.Array | None = None) -> jax.Array:
-        for i, resnet in self.resnets.items():
+        for i, resnet in numbered(self.resnets):
             with scope(f"resnets/{i}"):
                 x = remat(_run, self.remat)(resnet, x, z)
             if i in self.attentions:
@@ -177,7 +177,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.conv_in(x)
-        for i, block in self.down_blocks.items():
+        for i, block in numbered(self.down_blocks):
             with scope(f"down_blocks/{i}"):
                 h = block(h)
         with scope("mid_block"):
@@ -216,7 +216,7 @@ class Decoder(nnx.Module):
         h = self.conv_in(x)
         with scope("mid_block"):
             h = self.mid_block(h, z)
-        for i, block in self.up_blocks.items():
+        for i, block in numbered(self.up_blocks):
             with scope(f"up_blocks/{i}"):
                 h = block(h, z)
         h = self.conv_norm_out(h) if z is None else self.conv_norm_out(h, z)

@@ -17,7 +17,7 @@ from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.models.autoencoders.blocks import ACTIVATIONS_OF_BLOCKS
 from diffjax.models.checks import check_least, check_name
-from diffjax.nn import ACTIVATIONS, Compute, Conv, remat, scope, tap, widen
+from diffjax.nn import ACTIVATIONS, Compute, Conv, numbered, remat, scope, tap, widen
 
 KIND = "AutoencoderTiny"
 RULES = (
@@ -84,7 +84,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = (x + 1) / 2
-        for i, layer in self.layers.items():
+        for i, layer in numbered(self.layers):
             with scope(f"layers/{i}"):
                 h = layer(h)
         return h
@@ -114,7 +114,7 @@ class Decoder(nnx.Module):
     def __call__(self, z: jax.Array) -> jax.Array:
         # Soft limits, of what a denoising network may overshoot.
         h = 3 * jnp.tanh(z / 3)
-        for name, layer in self.layers.items():
+        for name, layer in numbered(self.layers):
             h = _copies(h, self.factor) if name in self.upsampled else h
             with scope(f"layers/{name}"):
                 h = layer(h)

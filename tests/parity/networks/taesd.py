@@ -15,7 +15,9 @@ CASES = {
         decoder_block_out_channels=[4, 4],
         num_encoder_blocks=[1, 2],
         num_decoder_blocks=[2, 1],
-    )
+    ),
+    # As many layers as published ones have: more than ten.
+    "taesd-deep": _case(small=(2, 1), encoder_block_out_channels=[4] * 4, decoder_block_out_channels=[4] * 4),
 }
 
 
