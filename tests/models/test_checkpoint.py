@@ -32,22 +32,31 @@ def config(network=DIT, **changes):
     return ConfigDict(base | changes)
 
 
-@pytest.mark.parametrize("network", [DIT, UNET], ids=["dit", "unet"])
-def test_the_call_is_that_of_the_network(network):
+@pytest.mark.often("*more classes")
+@pytest.mark.parametrize(
+    "network, null",
+    [(DIT, 3), (UNET, 3), (DIT | {"num_embeds_ada_norm": 7}, 7), (UNET | {"num_class_embeds": 8}, 7)],
+    ids=["dit", "unet", "dit of more classes", "unet of more classes"],
+)
+def test_the_call_is_that_of_the_network(network, null):
+    """The label behind those of the data, and no label, are the last row of the table, however long that is."""
     model = checkpoint(shape=(8, 8, 1), num_classes=3, network=network)
-    net = from_config(model.config["network"])
-    x, t, y = np.ones((2, 8, 8, 1), np.float32), np.float32([0.1, 0.5]), np.int32([1, 3])
+    params = jax.tree.map(lambda a: a + 0.1, jax.jit(model.init)(jax.random.key(0)))
+    x, t = np.ones((2, 8, 8, 1), np.float32), np.float32([0.1, 0.5])
+    ours = jax.jit(lambda y: model.apply(params, x, t, y))
+    theirs = jax.jit(lambda y: from_config(model.config["network"]).apply(params, x, 1000 * t, y))
+    found, none = ours(np.int32([1, 3])), theirs(np.int32([null, null]))
+    np.testing.assert_array_equal(found, theirs(np.int32([1, null])))
+    assert np.abs(found[0] - none[0]).max() > 1e-4
+    if "num_layers" in network:  # one program more, of the cheaper network
+        np.testing.assert_array_equal(ours(None), none)
 
-    @jax.jit
-    def both(key):
-        params = jax.tree.map(lambda a: a + 0.1, model.init(key))
-        outs = model.apply(params, x, t, y), net.apply(params, x, 1000 * t, y)
-        return outs, model.apply(params, x, t), net.apply(params, x, 1000 * t, np.int32([3, 3]))
 
-    (a, b), c, d = both(jax.random.key(0))
-    np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(c, d)
-    assert np.abs(a[0] - c[0]).max() > 1e-4
+def test_its_settings_are_told():
+    how = dict(dtype="bfloat16", attention_impl="chunked", scan=False, remat="full", extra_in=1, extra_out=2)
+    told = checkpoint(shape=(8, 8, 1), network=DIT, **how).config
+    assert {name: told[name] for name in how} == how
+    assert (told["network"]["in_channels"], told["network"]["out_channels"]) == (2, 3)
 
 
 def test_a_published_network_is_tuned_and_written_back(tmp_path):
@@ -84,6 +93,8 @@ def test_a_folder_of_another_network_is_refused(tmp_path):
         (DIT | {"in_channels": 3}, "need 1"),
         (DIT | {"num_embeds_ada_norm": 9}, "the data have 10 classes"),
         (UNET | {"num_class_embeds": 10}, "at least 11"),
+        (UNET | {"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported; supported: None"),
+        (UNET | {"time_embedding_type": "learned"}, "time_embedding_type='learned' is not supported"),
         (DIT | {"heads": 3}, "unknown setting 'heads'"),
     ],
 )

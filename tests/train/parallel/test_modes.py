@@ -21,6 +21,8 @@ from diffjax.train.parts import prepare
 DIT = dict(name="dit", patch=2, width=16, depth=1, heads=4, mlp_ratio=2.0)
 UNET = dict(name="unet", width=8, mults=(1, 2), blocks=1, attention=(4,), head_width=4, groups=2)
 MLP = dict(name="mlp", width=16, depth=1)
+SIZES = dict(_class_name="DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=4, num_layers=1)
+PUBLISHED = dict(name="checkpoint", network=SIZES)
 CASES = {
     "tensor groups share rows": dict(model=DIT, mesh="data=2,tensor=4", sharding="rules", batch_size=2),
     "one group": dict(model=DIT, mesh="tensor=4,sequence=2", sharding="rules", batch_size=1),
@@ -33,6 +35,7 @@ CASES = {
         model=DIT | dict(width=32, dtype="bfloat16", attention_impl="cudnn"), mesh="data=4,sequence=2", batch_size=8
     ),
     "splash on several devices": dict(model=DIT | dict(attention_impl="splash"), mesh="data=8", batch_size=8),
+    "splash of a checkpoint": dict(model=PUBLISHED | dict(attention_impl="splash"), mesh="data=8", batch_size=8),
     "tokens": dict(model=DIT | dict(patch=4), mesh="sequence=8", batch_size=8),
     "tensor without rules": dict(model=MLP, mesh="data=4,tensor=2", batch_size=8),
     "pmap with tensor": dict(model=MLP, mesh="data=4,tensor=2", sharding="pmap", batch_size=8),
@@ -109,6 +112,7 @@ def test_the_batch_divides_over_data_and_fsdp_alone(eight, case):
         ("sequence of a perceptron", ["'mlp' is split over 'sequence'"]),
         ("sequence with cuDNN", ["cuDNN's attention takes the whole sequence", "attention_impl='xla'"]),
         ("splash on several devices", ["splash attention is a kernel of one device", "sharding='pmap'"]),
+        ("splash of a checkpoint", ["splash attention is a kernel of one device", "attention_impl='chunked'"]),
         ("tokens", ["4 tokens in 'tokens' do not divide over 8 devices along 'sequence'"]),
         ("tensor without rules", ["config.sharding is 'data'", "'mlp' is split over 'tensor'", "take 'rules'"]),
         ("pmap with tensor", ["config.sharding is 'pmap'", "split over 'tensor'"]),
