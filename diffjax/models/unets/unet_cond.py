@@ -96,7 +96,9 @@ class UNetCondition(nnx.Module):
 
     def __init__(self, c: Settings, *, compute: Compute, rngs):
         given, widths = dict(compute=compute, rngs=rngs), c.block_out_channels
-        self.conv_in = Conv(c.in_channels, widths[0], c.conv_in_kernel, dtype=compute.dtype, rngs=rngs)
+        # As many zeros on either side: a kernel of an even size makes each side of the image one pixel less.
+        end = lambda size: dict(size=size, padding=(size - 1) // 2, dtype=compute.dtype, rngs=rngs)
+        self.conv_in = Conv(c.in_channels, widths[0], **end(c.conv_in_kernel))
         for name, part in condition.parts(c, **given).items():
             setattr(self, name, part)
         self.down_blocks, self.mid_block = down_levels(c, **given), mid_level(c, **given)
@@ -107,7 +109,7 @@ class UNetCondition(nnx.Module):
             below = width
         self.up_blocks = nnx.Dict(up)
         self.conv_norm_out = GroupNorm(widths[0], c.norm_num_groups, eps=c.norm_eps)
-        self.conv_out = Conv(widths[0], c.out_channels, c.conv_out_kernel, dtype=compute.dtype, rngs=rngs)
+        self.conv_out = Conv(widths[0], c.out_channels, **end(c.conv_out_kernel))
         self.c, self.activation = c, ACTIVATIONS[c.act_fn]
         self.adapters = 0  # how many IP-Adapters there is room for
 

@@ -21,43 +21,37 @@ class TransformerBlock(nnx.Module):
 
     Args:
       context_width: of the states that the second attention looks at; None for a block without one.
-      only_cross: whether the first attention looks at the context as well.
-      twice: whether the second attention is to the tokens themselves.
+      only_cross: whether the first attention looks at the context as well, whatever is masked there.
 
     Activations: those of `Attention` under `attn1/` and `attn2/`, of `FeedForward` under `ff/`, `out [B, T, C]`.
     """
 
     def __init__(
         self, width: int, heads: int, head_width: int, *, context_width: int | None = None, only_cross: bool = False,
-        twice: bool = False, activation: str = "geglu", bias: bool = False, eps: float = 1e-5,
-        dropout_rate: float = 0.0, compute: Compute, rngs,
+        compute: Compute, rngs,
     ):  # fmt: skip
         given = dict(compute=compute, rngs=rngs)
-        settings = dict(bias=bias, dropout_rate=dropout_rate, **given)
+        self.norm1 = LayerNorm(width)
         first = context_width if only_cross else None
-        self.norm1 = LayerNorm(width, eps=eps)
-        self.attn1 = Attention(width, heads, head_width, context_width=first, **settings)
-        second = twice or context_width is not None
-        self.norm2 = LayerNorm(width, eps=eps) if second else None
-        to = None if twice else context_width
-        self.attn2 = Attention(width, heads, head_width, context_width=to, **settings) if second else None
-        self.norm3 = LayerNorm(width, eps=eps)
-        self.ff = FeedForward(width, activation=activation, dropout_rate=dropout_rate, **given)
-        self.only_cross, self.twice = only_cross, twice
+        self.attn1 = Attention(width, heads, head_width, context_width=first, **given)
+        crossed = context_width is not None
+        self.norm2 = LayerNorm(width) if crossed else None
+        self.attn2 = Attention(width, heads, head_width, context_width=context_width, **given) if crossed else None
+        self.norm3 = LayerNorm(width)
+        self.ff = FeedForward(width, **given)
+        self.only_cross = only_cross
 
     def __call__(
         self, x: jax.Array, context: jax.Array | None = None, *, bias: jax.Array | None = None,
-        self_bias: jax.Array | None = None, key: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> jax.Array:  # fmt: skip
-        """`bias` is added to the scores of the context, `self_bias` to those of the tokens (`diffjax.nn.attend`)."""
+        """`bias` is added to the scores of the context in the second attention (`diffjax.nn.attend`)."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         with scope("attn1"):
-            first = (context, bias) if self.only_cross else (None, self_bias)
-            x = x + self.attn1(self.norm1(x), first[0], bias=first[1], key=keys[0])
+            x = x + self.attn1(self.norm1(x), context if self.only_cross else None, key=keys[0])
         if self.attn2 is not None:
             with scope("attn2"):
-                second = (None, None) if self.twice else (context, bias)
-                x = x + self.attn2(self.norm2(x), second[0], bias=second[1], key=keys[1])
+                x = x + self.attn2(self.norm2(x), context, bias=bias, key=keys[1])
         with scope("ff"):
             return tap("out", x + self.ff(self.norm3(x), key=keys[2]))
 

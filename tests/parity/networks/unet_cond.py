@@ -64,7 +64,10 @@ CONTROLLED.inputs.update(
 CASES = {
     "unet_cond_controlled": CONTROLLED,
     "unet_cond_sd": _case(**SD, masked=True, size=(9, 7)),
-    "unet_cond_lcm_inpaint": _case(**SD, in_channels=9, time_cond_proj_dim=6, upcast_attention=True),
+    "unet_cond_lcm_inpaint": _case(
+        **SD, in_channels=9, time_cond_proj_dim=6, upcast_attention=True, only_cross_attention=True, masked=True,
+        conv_in_kernel=4, conv_out_kernel=2, size=(9, 8),
+    ),
     "unet_cond_sdxl": _case(**SD | XL | dict(attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2))),
     "unet_cond_if": _case(**IF, masked=True),
     "unet_cond_if_super": _case(
@@ -149,7 +152,7 @@ def random_case(rng):
         timestep_post_act=pick(None, "silu"),
         time_cond_proj_dim=pick(None, 6),
         conv_in_kernel=pick(3, 1, 5),
-        conv_out_kernel=pick(3, 1),
+        conv_out_kernel=pick(3, 1, 2),
         only_cross_attention=pick(False, False, True),
         dropout=pick(0.0, 0.1),
         addition_embed_type_num_heads=2,
@@ -171,7 +174,10 @@ def random_case(rng):
         config |= dict(encoder_hid_dim=10, encoder_hid_dim_type="image_proj")
     elif added in (None, "text") and rng.random() < 0.4:
         config |= dict(encoder_hid_dim=10, encoder_hid_dim_type=pick("text_proj", None))
-    masked = bool(rng.integers(2)) and added != "image" and not config["only_cross_attention"]
+    masked = bool(rng.integers(2)) and added != "image"
     # PyTorch's other blocks double what was an odd size to one that does not fit.
     sizes = [(8, 8), (12, 8)] + [(9, 10)] * ({"CrossAttnUpBlock2D", "UpBlock2D"} >= set(config["up_block_types"]))
-    return _case(size=pick(*sizes), masked=masked, **config)
+    size = pick(*sizes)
+    if size == (9, 10) and rng.random() < 0.5:  # which a kernel of even size makes one less
+        config["conv_in_kernel"] = 4
+    return _case(size=size, masked=masked, **config)
