@@ -17,7 +17,7 @@ from flax import nnx
 from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.models.unets import condition, unet_cond
-from diffjax.nn import Compute, Conv, scope, tap, widen
+from diffjax.nn import Compute, Conv, scope, split_key, tap, widen
 from diffjax.nn.blocks import mask_bias
 
 KIND = "ControlNetModel"
@@ -146,8 +146,7 @@ class ControlNet(nnx.Module):
         temb, context, _ = condition.embed(self, self.unet, t, given)
         picture = picture if c.controlnet_conditioning_channel_order == "rgb" else picture[..., ::-1]
         h = tap("features", self.conv_in(x) + self.controlnet_cond_embedding(picture))
-        keys = (None,) * (len(self.down_blocks) + 1)
-        keys = keys if key is None else jax.random.split(key, len(keys))
+        keys = split_key(key, len(self.down_blocks) + 1)
         h, skips, _ = unet_cond.run_down(self.down_blocks, h, tap("temb", temb), context, bias, keys)
         if self.mid_block is not None:
             with scope("mid_block"):

@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models.checks import check_common, check_least, check_remat, ends_of, network
-from diffjax.nn import Condition, Linear, MLPBlock, functional, layer_norm, modulate, modulation, scope, tap, widen
+from diffjax.nn import (
+    Condition,
+    Linear,
+    MLPBlock,
+    fold_key,
+    functional,
+    layer_norm,
+    modulate,
+    modulation,
+    scope,
+    tap,
+    widen,
+)
 from diffjax.nn import remat as checkpointed
 
 RULES = (
@@ -54,7 +65,7 @@ class MLP(nnx.Module):
 
     def _block(self, i, h, cond, key):
         with scope(f"blocks/block{i}"):
-            return self.blocks[f"block{i}"](h, cond, None if key is None else jax.random.fold_in(key, i))
+            return self.blocks[f"block{i}"](h, cond, fold_key(key, i))
 
 
 def mlp(

@@ -5,6 +5,7 @@ from diffjax.nn.attention import IMPLEMENTATIONS, PixelAttention, SelfAttention,
 from diffjax.nn.conv import Conv, ResBlock, double, halve
 from diffjax.nn.embed import TIME_EMBEDS, Condition, fourier, sincos_2d, sinusoidal, timestep_waves
 from diffjax.nn.functional import Functional, functional, numbered, rngs_of
+from diffjax.nn.keys import fold_key, split_key
 from diffjax.nn.linear import ACTIVATIONS, Linear
 from diffjax.nn.norm import (
     GroupNorm,
@@ -44,6 +45,7 @@ __all__ = [
     "attend",
     "double",
     "dropout",
+    "fold_key",
     "fourier",
     "functional",
     "group_norm",
@@ -62,6 +64,7 @@ __all__ = [
     "scope",
     "sincos_2d",
     "sinusoidal",
+    "split_key",
     "stack",
     "tap",
     "tapped",

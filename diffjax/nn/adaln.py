@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.nn.attention import SelfAttention
+from diffjax.nn.keys import split_key
 from diffjax.nn.linear import Linear
 from diffjax.nn.norm import dropout, layer_norm, modulate, times
 from diffjax.nn.taps import scope, tap
@@ -59,7 +60,7 @@ class DiTBlock(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = split_key(key)
         shift, scale, gate = jnp.split(tap("modulation", self.modulation(cond)), 3, axis=-1)
         with scope("attention"):
             h = self.attention(modulate(layer_norm(x), shift, scale))

@@ -23,10 +23,12 @@ from diffjax.nn import (
     Linear,
     RMSNorm,
     dropout,
+    fold_key,
     modulate,
     plus,
     run_stack,
     scope,
+    split_key,
     stack,
     tap,
     times,
@@ -170,7 +172,7 @@ class Layer(nnx.Module):
         )
 
     def __call__(self, x, context, cond, key):
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        keys = split_key(key, 3)
         with scope("attn1"):
             x = x + self.attn1(self.norm1(x, cond), key=keys[0])
         with scope("attn2"):
@@ -215,7 +217,7 @@ class TextBlock(nnx.Module):
         self.attn2 = Attention(*sizes, context_width=width, **biases, **given)
 
     def __call__(self, x, context, key):
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = split_key(key)
         context = context if self.kv_mapper is None else self.kv_mapper(nnx.silu(context))
         with scope("attn1"):
             x = x + self.attn1(self.norm1(x), context, key=keys[0])
@@ -255,7 +257,7 @@ class Stage(nnx.Module):
                 x = self.downsample(x)
 
         def body(blocks, x, i):
-            keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, i))
+            keys = split_key(fold_key(key, i))
             res, attention = blocks
             with scope("res_blocks"):
                 x = res(x, cond, keys[0])
@@ -318,7 +320,7 @@ class UVit(nnx.Module):
 
     def __call__(self, x, t=None, context=None, pooled=None, *, micro, key=None):
         cond, context = self._conditions(x, context, pooled, micro)
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        keys = split_key(key, 3)
         with scope("embed"):
             h = self.embed(x)
         with scope("down_block"):
@@ -328,7 +330,7 @@ class UVit(nnx.Module):
 
         def body(layer, h, i):
             with scope("transformer_layers"):
-                return layer(h, context, cond, None if key is None else jax.random.fold_in(keys[1], i)), None
+                return layer(h, context, cond, fold_key(keys[1], i)), None
 
         h, _ = run_stack(self.transformer_layers, body, h, self.compute)
         h = self.project_from_hidden(self.project_from_hidden_norm(h)).reshape(shape)

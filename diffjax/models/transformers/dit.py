@@ -17,7 +17,21 @@ from flax import nnx
 from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.models.dit import unpatchify
-from diffjax.nn import Compute, LayerNorm, Linear, layer_norm, modulate, run_stack, scope, stack, tap, times, widen
+from diffjax.nn import (
+    Compute,
+    LayerNorm,
+    Linear,
+    fold_key,
+    layer_norm,
+    modulate,
+    run_stack,
+    scope,
+    split_key,
+    stack,
+    tap,
+    times,
+    widen,
+)
 from diffjax.nn.blocks import FEEDFORWARDS, Attention, FeedForward, PatchEmbed, TimestepLabelEmbedding, grid_positions
 
 KIND = "DiTTransformer2DModel"
@@ -80,7 +94,7 @@ class Block(nnx.Module):
         self.ff = FeedForward(width, activation=c.activation_fn, dropout_rate=c.dropout, **given)
 
     def __call__(self, x, t, y, key):
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = split_key(key)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(t, y)
         with scope("attn1"):
             h = self.attn1(modulate(layer_norm(x, eps=1e-6), shift, scale), key=keys[0])
@@ -112,7 +126,7 @@ class DiTTransformer(nnx.Module):
 
         def body(block, h, i):
             with scope("transformer_blocks"):
-                return block(h, t, y, None if key is None else jax.random.fold_in(key, i)), None
+                return block(h, t, y, fold_key(key, i)), None
 
         h, _ = run_stack(self.transformer_blocks, body, h, compute)
         # The first block's embedding serves the last modulation.

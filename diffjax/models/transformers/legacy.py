@@ -36,7 +36,7 @@ def transformer_2d(config: Mapping[str, Any], **how) -> Model:
     """
     norm_type = config.get("norm_type", "layer_norm")
     check_name(KIND, "norm_type", norm_type, KINDS)
-    make, settings = KINDS[norm_type]
-    known = {field.name for field in dataclasses.fields(settings)}
+    make, made_of = KINDS[norm_type]
+    known = {field.name for field in dataclasses.fields(made_of)}
     kept = {k: v for k, v in config.items() if k in known or k not in SILENT or v != SILENT[k]}
     return make(kept, **how)._replace(config={"_class_name": KIND, **config})

@@ -22,11 +22,13 @@ from diffjax.nn import (
     Compute,
     LayerNorm,
     Linear,
+    fold_key,
     layer_norm,
     modulate,
     plus,
     run_stack,
     scope,
+    split_key,
     stack,
     tap,
     times,
@@ -150,7 +152,7 @@ class Block(nnx.Module):
         self.ff = FeedForward(c.width, activation=c.activation_fn, dropout_rate=c.dropout, **given)
 
     def __call__(self, x, modulation, context, bias, key):
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        keys = split_key(key, 3)
         modulation = plus(modulation, self.scale_shift_table[...])
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (modulation[:, i] for i in range(6))
         with scope("attn1"):
@@ -188,7 +190,7 @@ class PixArt(nnx.Module):
 
         def body(block, h, i):
             with scope("transformer_blocks"):
-                return block(h, modulation, context, bias, None if key is None else jax.random.fold_in(key, i)), None
+                return block(h, modulation, context, bias, fold_key(key, i)), None
 
         h, _ = run_stack(self.transformer_blocks, body, h, self.compute)
         ends = plus(jnp.stack([emb, emb], 1), self.scale_shift_table[...])

@@ -17,7 +17,20 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.nn import Compute, LayerNorm, Linear, plus, run_stack, scope, stack, tap, timestep_waves, widen
+from diffjax.nn import (
+    Compute,
+    LayerNorm,
+    Linear,
+    fold_key,
+    plus,
+    run_stack,
+    scope,
+    split_key,
+    stack,
+    tap,
+    timestep_waves,
+    widen,
+)
 from diffjax.nn.blocks import MASKED, Attention, FeedForward, Projection, mask_bias
 
 KIND = "PriorTransformer"
@@ -66,7 +79,7 @@ class Block(nnx.Module):
         self.ff = FeedForward(width, activation="gelu", **given)
 
     def __call__(self, x: jax.Array, bias: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = split_key(key)
         with scope("attn1"):
             x = x + self.attn1(self.norm1(x), bias=bias, key=keys[0])
         with scope("ff"):
@@ -111,7 +124,7 @@ class Prior(nnx.Module):
 
         def body(block, h, i):
             with scope("transformer_blocks"):
-                return block(h, bias, None if key is None else jax.random.fold_in(key, i)), None
+                return block(h, bias, fold_key(key, i)), None
 
         h, _ = run_stack(self.transformer_blocks, body, h, self.compute)
         h = self.norm_out(h)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffjax.nn import Compute, Conv, GroupNorm, Linear, attend, remat, scope, tap
+from diffjax.nn import Compute, Conv, GroupNorm, Linear, attend, remat, scope, split_key, tap
 from diffjax.nn.blocks import Attention, Downsample, ResnetBlock, Upsample
 from diffjax.nn.blocks.attention import split_heads
 from diffjax.nn.blocks.resnet import fir_double, fir_halve
@@ -205,10 +204,6 @@ def _few(channels: int) -> int:
     return min(channels // 4, 32)
 
 
-def _split(key, count):
-    return (None,) * count if key is None else jax.random.split(key, count)
-
-
 class DownLevel(Layers):
     """A level on the way down; `half`: whether it ends in half of the resolution."""
 
@@ -236,7 +231,7 @@ class DownLevel(Layers):
 
         `residual` is added behind the last layer (T2I-Adapter).
         """
-        keys, outs = _split(key, 2 * self.level.layers + 1), []
+        keys, outs = split_key(key, 2 * self.level.layers + 1), []
         for i in range(self.level.layers):
             x = self._resnet(str(i), x, temb, keys[2 * i])
             x = self._attend(str(i), x, context, bias, keys[2 * i + 1])
@@ -262,7 +257,7 @@ class MidLevel(Layers):
         self._build(level, [level.channels] * (level.layers + 1), attentions, compute, rngs)
 
     def __call__(self, x, temb, context=None, *, bias=None, key=None):
-        keys = _split(key, 2 * self.level.layers + 1)
+        keys = split_key(key, 2 * self.level.layers + 1)
         x = self._resnet("0", x, temb, keys[-1])
         for i in range(self.level.layers):
             x = self._attend(str(i), x, context, bias, keys[2 * i])
@@ -307,7 +302,7 @@ class UpLevel(Layers):
 
     def __call__(self, x, skips, temb, context=None, *, bias=None, image=None, size=None, key=None):
         """The features and the small image; `skips` come from the way down, the last is taken first."""
-        keys = _split(key, 2 * self.level.layers + 1)
+        keys = split_key(key, 2 * self.level.layers + 1)
         for i in range(self.level.layers):
             x = jnp.concatenate([x, skips[-1 - i]], -1)
             x = self._resnet(str(i), x, temb, keys[2 * i])

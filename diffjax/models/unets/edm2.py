@@ -19,7 +19,7 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.nn import Compute, attend, double, dropout, halve, scope, tap, widen
+from diffjax.nn import Compute, attend, double, dropout, fold_key, halve, scope, tap, widen
 from diffjax.nn.conv import convolution
 from diffjax.nn.functional import names_of
 from diffjax.nn.linear import product
@@ -251,7 +251,7 @@ class EDM2UNet(nnx.Module):
 
         def block(side, name, x):
             nonlocal count
-            own = None if key is None else jax.random.fold_in(key, count)
+            own = fold_key(key, count)
             count += 1
             with scope(f"{side}/{name}"):
                 return run(getattr(self, side)[name], x, emb, own)

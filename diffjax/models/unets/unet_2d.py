@@ -18,7 +18,7 @@ from flax import nnx
 from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.models.unets.blocks import DOWN, MID, TYPES, UP, DownLevel, Level, MidLevel, UpLevel, skip_channels
-from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, scope, tap, timestep_waves, widen
+from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, scope, split_key, tap, timestep_waves, widen
 from diffjax.nn.blocks import Embedding, Projection
 
 KIND = "UNet2DModel"
@@ -95,10 +95,10 @@ class UNet2D(nnx.Module):
     """
 
     def __init__(self, c: Settings, *, compute: Compute, rngs):
-        settings = dict(dtype=compute.dtype, rngs=rngs)
         widths, given = c.block_out_channels, dict(compute=compute, rngs=rngs)
+        conv = dict(dtype=compute.dtype, rngs=rngs)
         temb_width = c.time_embedding_dim or 4 * widths[0]
-        self.conv_in = Conv(c.in_channels, widths[0], **settings)
+        self.conv_in = Conv(c.in_channels, widths[0], **conv)
         waves = 2 * widths[0] if c.time_embedding_type == "fourier" else widths[0]
         self.time_proj = {
             "positional": lambda: None,
@@ -127,7 +127,7 @@ class UNet2D(nnx.Module):
         self.down_blocks, self.up_blocks = nnx.Dict(down), nnx.Dict(up)
         groups = c.norm_num_groups if c.norm_num_groups is not None else min(widths[0] // 4, 32)
         self.conv_norm_out = GroupNorm(widths[0], groups, eps=c.norm_eps)
-        self.conv_out = Conv(widths[0], c.out_channels, **settings)
+        self.conv_out = Conv(widths[0], c.out_channels, **conv)
         self.c = c
 
     def _waves(self, t):
@@ -153,7 +153,8 @@ class UNet2D(nnx.Module):
         if labelled != (y is not None):
             raise ValueError(f"{KIND}: y is {'needed by' if labelled else 'nothing that can be given to'} this network")
         x = 2 * x - 1.0 if c.center_input_sample else x
-        keys = (None,) * 64 if key is None else jax.random.split(key, 64)
+        count = len(c.block_out_channels)
+        keys = split_key(key, 2 * count + 1)
         temb = tap("temb", self._embed(t, y))
         h, image = tap("features", self.conv_in(x)), x
         skips = [h]
@@ -168,7 +169,7 @@ class UNet2D(nnx.Module):
         for i, block in enumerate(self.up_blocks[str(i)] for i in range(len(self.up_blocks))):
             taken, skips = skips[-block.level.layers :], skips[: -block.level.layers]
             with scope(f"up_blocks/{i}"):
-                h, image = block(h, taken, temb, image=image, key=keys[32 + i])
+                h, image = block(h, taken, temb, image=image, key=keys[count + i])
         out = widen(self.conv_out(nnx.silu(self.conv_norm_out(h))))
         out = out if image is None else out + image
         return out / t.reshape(-1, 1, 1, 1) if c.time_embedding_type == "fourier" else out

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,7 +18,7 @@ from diffjax.models.unets import condition
 from diffjax.models.unets.blocks import MID, TYPES, DownLevel, Level, MidLevel, UpLevel, skip_channels
 from diffjax.models.unets.unet_2d import RULES as UNET_RULES
 from diffjax.models.unets.unet_2d import check_levels
-from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, scope, tap, widen
+from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, scope, split_key, tap, widen
 from diffjax.nn.blocks.attention import Pictured, mask_bias
 
 KIND = "UNet2DConditionModel"
@@ -122,7 +121,7 @@ class UNetCondition(nnx.Module):
         t = settings.times_of(KIND, t, x)
         given = condition.Given(context, y, pooled, time_ids, image, hint, cond)
         condition.check(KIND, c, given)
-        keys = (None,) * (2 * levels + 1) if key is None else jax.random.split(key, 2 * levels + 1)
+        keys = split_key(key, 2 * levels + 1)
         temb, context, hint = condition.embed(self, c, t, given)
         context = self._pictured(context, tuple(pictures))
         temb = tap("temb", temb if c.time_embedding_act_fn is None else ACTIVATIONS[c.time_embedding_act_fn](temb))

@@ -8,6 +8,7 @@ from flax import nnx
 from diffjax.nn.blocks.attention import Attention
 from diffjax.nn.blocks.feedforward import FeedForward
 from diffjax.nn.conv import Conv
+from diffjax.nn.keys import fold_key, split_key
 from diffjax.nn.linear import Linear
 from diffjax.nn.norm import GroupNorm, LayerNorm
 from diffjax.nn.stack import Compute, run_stack, stack
@@ -46,7 +47,7 @@ class TransformerBlock(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:  # fmt: skip
         """`bias` is added to the scores of the context in the second attention (`diffjax.nn.attend`)."""
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        keys = split_key(key, 3)
         with scope("attn1"):
             x = x + self.attn1(self.norm1(x), context if self.only_cross else None, key=keys[0])
         if self.attn2 is not None:
@@ -86,7 +87,7 @@ class PixelTransformer(nnx.Module):
 
         def body(block, h, i):
             with scope("transformer_blocks"):
-                return block(h, context, bias=bias, key=None if key is None else jax.random.fold_in(key, i)), None
+                return block(h, context, bias=bias, key=fold_key(key, i)), None
 
         h, _ = run_stack(self.transformer_blocks, body, h, self.compute)
         h = self.proj_out(h.reshape(*shape[:3], -1))
