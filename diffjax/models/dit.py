@@ -24,20 +24,22 @@ from diffjax.models.checks import (
     network,
 )
 from diffjax.nn import (
+    Compute,
     Condition,
     DiTBlock,
     Linear,
+    fold_key,
     functional,
     layer_norm,
     modulate,
     modulation,
     rngs_of,
+    run_stack,
     scope,
     sincos_2d,
     tap,
     widen,
 )
-from diffjax.nn import remat as checkpointed
 
 WAVES = 256  # channels of the time's sinusoids, whatever the width (DiT's TimestepEmbedder)
 # Columns, then rows (Shoeybi et al. 2019, arXiv:1909.08053, section 3): one sum over `tensor` for each branch and
@@ -89,19 +91,21 @@ class DiT(nnx.Module):
     """
 
     def __init__(
-        self, ends, num_classes, patch, width, depth, heads, hidden, dropout, attention, dtype, time, loop, rngs
-    ):
+        self, ends: tuple[tuple[int, ...], tuple[int, ...]], *, num_classes: int, patch: int, width: int, depth: int,
+        heads: int, hidden: int, dropout: float, scale: str, time: dict, compute: Compute, rngs,
+    ):  # fmt: skip
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros_init()
         pixels_in, pixels_out = (patch * patch * shape[-1] for shape in ends)
-        self.cond = Condition(width, num_classes, **time, dtype=dtype, rngs=rngs)
-        self.inp = Linear(pixels_in, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        settings = dict(dropout_rate=dropout, **attention, dtype=dtype)
+        given = dict(dtype=compute.dtype, rngs=rngs)
+        self.cond = Condition(width, num_classes, **time, **given)
+        self.inp = Linear(pixels_in, width, kernel_init=xavier, **given)
+        block = dict(dropout_rate=dropout, scale=scale, implementation=compute.attention, dtype=compute.dtype)
         keys = jax.random.split(rngs.params(), depth)
-        self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **settings, rngs=rngs_of(k)))(keys)
-        self.modulation = modulation(width, width, 2, dtype=dtype, rngs=rngs)
-        self.out = Linear(width, pixels_out, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.blocks = jax.vmap(lambda k: DiTBlock(width, heads, hidden, **block, rngs=rngs_of(k)))(keys)
+        self.modulation = modulation(width, width, 2, **given)
+        self.out = Linear(width, pixels_out, kernel_init=zeros, **given)
         self.patch, self.channels, self.width, self.depth = patch, ends[1][-1], width, depth
-        self.scan, self.remat = loop
+        self.compute = compute
 
     def __call__(self, x, t, y, *, key=None):
         cond = tap("cond", nnx.silu(self.cond(t, y)))
@@ -109,28 +113,15 @@ class DiT(nnx.Module):
         height, breadth, _ = shape
         h = self.inp(patchify(x, self.patch))
         h = h + jnp.asarray(sincos_2d(height // self.patch, breadth // self.patch, self.width), h.dtype)
-        h = self._run(tap("tokens", h), cond, key)
+
+        def body(block, h, i):
+            with scope("blocks"):
+                return block(h, cond, fold_key(key, i)), None
+
+        h, _ = run_stack({f"0:{self.depth}": self.blocks}, body, tap("tokens", h), self.compute)
         shift, scale = jnp.split(tap("modulation", self.modulation(cond)), 2, axis=-1)
         out = self.out(modulate(layer_norm(h), shift, scale))
         return widen(unpatchify(out, self.patch, shape))
-
-    def _run(self, h, cond, key):
-        def body(h, block_and_index):
-            block, i = block_and_index
-            with scope("blocks"):
-                return block(h, cond, None if key is None else jax.random.fold_in(key, i)), None
-
-        body = checkpointed(body, self.remat, scanned=self.scan)
-        indices = jnp.arange(self.depth)
-        if self.scan:
-            return jax.lax.scan(body, h, (self.blocks, indices))[0]
-        # The gradient of a split is one concatenation; those of slices would be padded to the whole and added.
-        leaves, tree = jax.tree.flatten(self.blocks)
-        split = [jax.lax.split(leaf, (1,) * self.depth) for leaf in leaves]
-        for i in range(self.depth):
-            block = jax.tree.unflatten(tree, [parts[i][0] for parts in split])
-            h, _ = body(h, (block, indices[i]))
-        return h
 
 
 def dit(
@@ -169,7 +160,8 @@ def dit(
       ImportError: for `attention_impl="tokamax"` without the package.
     """
     config = dict(locals(), name="dit", shape=tuple(shape))
-    ends, loop = ends_of("dit", shape, extra_in, extra_out), (scan, check_remat("dit", remat))
+    ends = ends_of("dit", shape, extra_in, extra_out)
+    compute = Compute(jnp.dtype(dtype), attention_impl, scan, check_remat("dit", remat))
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
     check_attention("dit", "attention_impl", attention_impl, dtype)
@@ -186,7 +178,7 @@ def dit(
     if hidden < 1:
         raise ValueError(f"dit: mlp_ratio={mlp_ratio}: expected a positive number such as 4.0")
     time = dict(waves=WAVES, time_embed=time_embed, time_scale=time_scale)
-    attention = dict(scale=attention_scale, implementation=attention_impl)
-    rest = (patch, width, depth, heads, hidden, dropout, attention, jnp.dtype(dtype), time, loop)
-    module = functional(lambda rngs: DiT(ends, num_classes, *rest, rngs))
+    sizes = dict(num_classes=num_classes, patch=patch, width=width, depth=depth, heads=heads, hidden=hidden)
+    rest = dict(dropout=dropout, scale=attention_scale, time=time, compute=compute)
+    module = functional(lambda rngs: DiT(ends, **sizes, **rest, rngs=rngs))
     return Model(*network("dit", ends[0], module, shapes), config=config, rules=RULES, activations=ACTIVATIONS)

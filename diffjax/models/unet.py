@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -22,7 +21,19 @@ from diffjax.models.checks import (
     ends_of,
     network,
 )
-from diffjax.nn import Condition, Conv, GroupNorm, PixelAttention, ResBlock, functional, scope, tap, widen
+from diffjax.nn import (
+    Compute,
+    Condition,
+    Conv,
+    GroupNorm,
+    PixelAttention,
+    ResBlock,
+    fold_key,
+    functional,
+    scope,
+    tap,
+    widen,
+)
 from diffjax.nn import remat as checkpointed
 
 # First match wins: the projections of attention and condition are matrices, the other `inp` and `out` are convolutions.
@@ -59,22 +70,24 @@ class UNet(nnx.Module):
     """
 
     def __init__(
-        self, ends, num_classes, widths, blocks, attention, head_width, implementation, groups, dropout, dtype, time,
-        remat, rngs,
+        self, ends: tuple[tuple[int, ...], tuple[int, ...]], *, num_classes: int, widths: tuple[int, ...], blocks: int,
+        attention: tuple[int, ...], head_width: int, groups: int, dropout: float, time: dict, compute: Compute, rngs,
     ):  # fmt: skip
         (shape, (*_, channels_out)), base, cond_width = ends, widths[0], 4 * widths[0]
-        settings = dict(groups=groups, dtype=dtype, rngs=rngs)
+        given = dict(dtype=compute.dtype, rngs=rngs)
 
         def block(channels_in, channels_out, resample=None):
             return ResBlock(
-                channels_in, channels_out, cond_width=cond_width, dropout_rate=dropout, resample=resample, **settings
-            )
+                channels_in, channels_out, cond_width=cond_width, groups=groups, dropout_rate=dropout,
+                resample=resample, **given,
+            )  # fmt: skip
 
         def attend(channels):
-            return PixelAttention(channels, channels // head_width, implementation=implementation, **settings)
+            heads = channels // head_width
+            return PixelAttention(channels, heads, groups=groups, implementation=compute.attention, **given)
 
-        self.cond = Condition(cond_width, num_classes, **time, dtype=dtype, rngs=rngs)
-        self.inp = Conv(shape[-1], base, dtype=dtype, rngs=rngs)
+        self.cond = Condition(cond_width, num_classes, **time, **given)
+        self.inp = Conv(shape[-1], base, **given)
         enc, dec, skips, channels = {}, {}, [base], base
         sizes = [f"{shape[0] >> i}x{shape[1] >> i}" for i in range(len(widths))]
         for i, (size, width) in enumerate(zip(sizes, widths, strict=True)):
@@ -99,9 +112,9 @@ class UNet(nnx.Module):
                 dec[f"{size}_up"] = block(channels, channels, "up")
         self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
         # The order of the blocks is a fact of the architecture; dictionaries of parameters are sorted by name.
-        self.order, self.remat = (tuple(enc), tuple(dec)), remat
+        self.order, self.remat = (tuple(enc), tuple(dec)), compute.remat
         self.norm = GroupNorm(base, groups)
-        self.out = Conv(base, channels_out, zero=True, dtype=dtype, rngs=rngs)
+        self.out = Conv(base, channels_out, zero=True, **given)
 
     def __call__(self, x, t, y, *, key=None):
         count = iter(range(1 << 16))
@@ -109,7 +122,7 @@ class UNet(nnx.Module):
         def run(part, name, h):
             block = getattr(self, part)[name]
             attends = isinstance(block, PixelAttention)
-            inputs = () if attends else (cond, None if key is None else jax.random.fold_in(key, next(count)))
+            inputs = () if attends else (cond, fold_key(key, next(count)))
             return checkpointed(partial(_named, block, f"{part}/{name}"), self.remat)(h, *inputs)
 
         cond = tap("cond", nnx.silu(self.cond(t, y)))
@@ -177,9 +190,10 @@ def unet(
     ends = ends_of("unet", shape, extra_in, extra_out)
     widths = tuple(width * mult for mult in mults)
     time = dict(waves=width, time_embed=time_embed, time_scale=time_scale)
-    attended = (attention, head_width, attention_impl)
-    rest = (blocks, *attended, groups, dropout, jnp.dtype(dtype), time, check_remat("unet", remat))
-    module = functional(lambda rngs: UNet(ends, num_classes, widths, *rest, rngs))
+    sizes = dict(num_classes=num_classes, widths=widths, blocks=blocks, attention=attention, head_width=head_width)
+    compute = Compute(jnp.dtype(dtype), attention_impl, remat=check_remat("unet", remat))
+    rest = dict(groups=groups, dropout=dropout, time=time, compute=compute)
+    module = functional(lambda rngs: UNet(ends, **sizes, **rest, rngs=rngs))
     return Model(*network("unet", ends[0], module, shapes), config=config, rules=RULES, activations=ACTIVATIONS)
 
 
