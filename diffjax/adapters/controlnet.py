@@ -123,7 +123,7 @@ class ControlNet(nnx.Module):
             setattr(self, name, part)
         embedding = c.conditioning_channels, c.conditioning_embedding_out_channels, widths[0]
         self.controlnet_cond_embedding = PictureEmbedding(*embedding, **given)
-        self.down_blocks, self.mid_block = unet_cond.down_levels(unet, **given), unet_cond.mid_level(unet, **given)
+        self.down_blocks, self.mid_block = unet_cond.down_stages(unet, **given), unet_cond.mid_stage(unet, **given)
         skips = [widths[0]]
         for i, width in enumerate(widths):
             skips += [width] * (c.layers_per_block + (i < len(widths) - 1))

@@ -25,6 +25,7 @@ from diffjax.nn import (
     Linear,
     attend,
     plus,
+    remat,
     run_stack,
     scope,
     stack,
@@ -166,7 +167,7 @@ class UViT(nnx.Module):
 
         h, skips = run_stack(self.in_blocks, inward, h, self.compute)
         with scope("mid_block"):
-            h = self.mid_block(h)
+            h = remat(Block.__call__, self.compute.remat)(self.mid_block, h)
         # The last of the first blocks is joined with the first of the last.
         joined = {name: (blocks, skips[::-1]) for name, blocks in self.out_blocks.items()}
         h, _ = run_stack(joined, outward, h, self.compute)

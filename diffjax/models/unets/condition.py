@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffjax.models.unets.unet_2d import Fourier
 from diffjax.nn import Compute, Conv, LayerNorm, Linear, attend, timestep_waves
-from diffjax.nn.blocks import Embedding, Projection
+from diffjax.nn.blocks import Embedding, Fourier, Projection
 from diffjax.nn.blocks.attention import split_heads
 
 PROJECTIONS = (None, "text_proj", "text_image_proj", "image_proj")

@@ -11,30 +11,26 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.models.unets.blocks import DOWN, MID, TYPES, UP, DownLevel, Level, MidLevel, UpLevel, skip_channels
+from diffjax.models.unets.blocks import (
+    DOWN,
+    MID,
+    RULES,
+    TYPES,
+    DownStage,
+    MidStage,
+    Stage,
+    UpStage,
+    check_types,
+    skip_channels,
+)
 from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, scope, split_key, tap, timestep_waves, widen
-from diffjax.nn.blocks import Embedding, Projection
+from diffjax.nn.blocks import Embedding, Fourier, Projection
 
 KIND = "UNet2DModel"
-# In a block the first convolution makes some of the channels on each device and the second sums over them.
-RULES = (
-    (r"/(to_[qkv]|add_[kv]_proj|time_emb_proj)/kernel$|embedding/linear_1/kernel$", ("fsdp", "tensor")),
-    (r"/to_out/0/kernel$|embedding/linear_2/kernel$", ("tensor", "fsdp")),
-    (r"/conv1/kernel$", (None, None, "fsdp", "tensor")),
-    (r"/conv2/kernel$", (None, None, "tensor", "fsdp")),
-    (r"/(conv_shortcut|conv|skip_conv)/kernel$", (None, None, "fsdp", None)),
-    (r"^conv_in/kernel$", (None, None, None, "fsdp")),
-    (r"^conv_out/kernel$", (None, None, "fsdp", None)),
-    (r"(^|/)embedding$", (None, "fsdp")),
-    (r"/conv1/bias$|/norm2/(bias|scale)$|/time_emb_proj/bias$", ("tensor",)),
-    (r"(^|/)(bias|scale|weight)$", ()),
-)
 # Of the types of blocks that have no context.
 _TYPES = tuple(name for name, kind in TYPES.items() if kind.attention in (None, "self"))
 
@@ -73,25 +69,10 @@ class Settings:
     num_train_timesteps: int | None = None
 
 
-class Fourier(nnx.Module):
-    """Waves of fixed random frequencies, which the checkpoint holds as `weight` (arXiv:2011.13456, appendix C.1)."""
-
-    def __init__(self, count: int, *, log: bool, cosines_first: bool, rngs):
-        self.weight = nnx.Param(16.0 * jax.random.normal(rngs.params(), (count,)))
-        self.log, self.cosines_first = log, cosines_first
-
-    def __call__(self, t: jax.Array) -> jax.Array:
-        frequencies = widen(jax.lax.stop_gradient(self.weight[...]))
-        t = jnp.asarray(t, frequencies.dtype)
-        phase = (jnp.log(t) if self.log else t)[:, None] * frequencies * 2 * math.pi
-        waves = (jnp.sin(phase), jnp.cos(phase))
-        return jnp.concatenate(waves[::-1] if self.cosines_first else waves, -1)
-
-
 class UNet2D(nnx.Module):
     """The module of `unet_2d`.
 
-    Activations: `features`, those of the levels under `down_blocks/0/resnets/0/out` and so on, `temb`.
+    Activations: `features`, those of the stages under `down_blocks/0/resnets/0/out` and so on, `temb`.
     """
 
     def __init__(self, c: Settings, *, compute: Compute, rngs):
@@ -114,15 +95,15 @@ class UNet2D(nnx.Module):
 
         down, up = {}, {}
         for i, kind in enumerate(c.down_block_types):
-            level = _level(c, kind, widths[i], c.layers_per_block, temb_width)
-            down[str(i)] = DownLevel(level, widths[max(i - 1, 0)], half=i < len(widths) - 1, **given)
-        mid = _level(c, "UNetMidBlock2D", widths[-1], 1, temb_width)
-        self.mid_block = MidLevel(mid, attends=c.add_attention, **given) if c.mid_block_type else None
+            stage = _stage(c, kind, widths[i], c.layers_per_block, temb_width)
+            down[str(i)] = DownStage(stage, widths[max(i - 1, 0)], half=i < len(widths) - 1, **given)
+        mid = _stage(c, "UNetMidBlock2D", widths[-1], 1, temb_width)
+        self.mid_block = MidStage(mid, attends=c.add_attention, **given) if c.mid_block_type else None
         skips = skip_channels(widths, (c.layers_per_block,) * len(widths))
         below = widths[-1]
         for i, (kind, width) in enumerate(zip(c.up_block_types, reversed(widths), strict=True)):
-            level = _level(c, kind, width, c.layers_per_block + 1, temb_width)
-            up[str(i)] = UpLevel(level, below, skips[i], twice=i < len(widths) - 1, **given)
+            stage = _stage(c, kind, width, c.layers_per_block + 1, temb_width)
+            up[str(i)] = UpStage(stage, below, skips[i], twice=i < len(widths) - 1, **given)
             below = width
         self.down_blocks, self.up_blocks = nnx.Dict(down), nnx.Dict(up)
         groups = c.norm_num_groups if c.norm_num_groups is not None else min(widths[0] // 4, 32)
@@ -167,7 +148,7 @@ class UNet2D(nnx.Module):
                 h = self.mid_block(h, temb, key=keys[-1])
         image = None
         for i, block in enumerate(self.up_blocks[str(i)] for i in range(len(self.up_blocks))):
-            taken, skips = skips[-block.level.layers :], skips[: -block.level.layers]
+            taken, skips = skips[-block.stage.layers :], skips[: -block.stage.layers]
             with scope(f"up_blocks/{i}"):
                 h, image = block(h, taken, temb, image=image, key=keys[count + i])
         out = widen(self.conv_out(nnx.silu(self.conv_norm_out(h))))
@@ -175,7 +156,7 @@ class UNet2D(nnx.Module):
         return out / t.reshape(-1, 1, 1, 1) if c.time_embedding_type == "fourier" else out
 
 
-def _level(c: Settings, kind: str, channels: int, layers: int, temb_width: int) -> Level:
+def _stage(c: Settings, kind: str, channels: int, layers: int, temb_width: int) -> Stage:
     fir, mid = TYPES[kind].resample == "fir", kind in MID
     groups = c.norm_num_groups
     if groups is None:
@@ -184,7 +165,7 @@ def _level(c: Settings, kind: str, channels: int, layers: int, temb_width: int) 
     if mid:
         plain = groups if c.resnet_time_scale_shift == "default" else None
         attention_groups = c.attn_norm_num_groups if c.attn_norm_num_groups is not None else plain
-    return Level(
+    return Stage(
         kind, channels, layers, temb_width, head_width=c.attention_head_dim or channels, groups=groups,
         choice=c.downsample_type if kind in DOWN else c.upsample_type, padding=c.downsample_padding,
         attention_groups=32 if fir else attention_groups, eps=c.norm_eps, activation=c.act_fn,
@@ -215,7 +196,7 @@ def unet_2d(config: Mapping[str, Any], **how) -> Model:
         resnet_time_scale_shift=("default", "scale_shift"), class_embed_type=(None, "timestep", "identity"),
         downsample_type=("conv", "resnet"), upsample_type=("conv", "resnet"), act_fn=tuple(ACTIVATIONS),
     )  # fmt: skip
-    check_levels(KIND, c, _TYPES)
+    check_types(KIND, c, _TYPES)
     if c.time_embedding_type == "learned" and c.num_train_timesteps is None:
         raise ValueError(f"{KIND}: time_embedding_type='learned' needs num_train_timesteps")
     fir = [name for name in (*c.down_block_types, *c.up_block_types) if TYPES[name].resample == "fir"]
@@ -223,17 +204,3 @@ def unet_2d(config: Mapping[str, Any], **how) -> Model:
         raise ValueError(f"{KIND}: {fir[0]} takes images of 3 channels, not in_channels={c.in_channels}")
     make = lambda compute, rngs: UNet2D(c, compute=compute, rngs=rngs)
     return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)
-
-
-def check_levels(kind: str, c: Any, known: tuple[str, ...]) -> None:
-    """Raises `ValueError` unless there is one type of block for each of `block_out_channels`, all of them known."""
-    for setting, types in (("down_block_types", DOWN), ("up_block_types", UP)):
-        names = getattr(c, setting, None)
-        if names is None:
-            continue
-        if len(names) != len(c.block_out_channels):
-            raise ValueError(f"{kind}: {len(names)} {setting} for {len(c.block_out_channels)} block_out_channels")
-        allowed = [name for name in types if name in known]
-        for name in names:
-            if name not in allowed:
-                raise ValueError(f"{kind}: {setting}: {name!r} is not supported; supported: {', '.join(allowed)}")

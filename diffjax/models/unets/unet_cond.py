@@ -15,9 +15,8 @@ from flax import nnx
 from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.models.unets import condition
-from diffjax.models.unets.blocks import MID, TYPES, DownLevel, Level, MidLevel, UpLevel, skip_channels
-from diffjax.models.unets.unet_2d import RULES as UNET_RULES
-from diffjax.models.unets.unet_2d import check_levels
+from diffjax.models.unets.blocks import MID, TYPES, DownStage, MidStage, Stage, UpStage, check_types, skip_channels
+from diffjax.models.unets.blocks import RULES as UNET_RULES
 from diffjax.nn import ACTIVATIONS, Compute, Conv, GroupNorm, scope, split_key, tap, widen
 from diffjax.nn.blocks.attention import Pictured, mask_bias
 
@@ -90,7 +89,7 @@ class Settings:
 class UNetCondition(nnx.Module):
     """The module of `unet_condition`.
 
-    Activations: `temb`, `features`, those of the levels under `down_blocks/0/resnets/0/out` and so on.
+    Activations: `temb`, `features`, those of the stages under `down_blocks/0/resnets/0/out` and so on.
     """
 
     def __init__(self, c: Settings, *, compute: Compute, rngs):
@@ -100,11 +99,11 @@ class UNetCondition(nnx.Module):
         self.conv_in = Conv(c.in_channels, widths[0], **end(c.conv_in_kernel))
         for name, part in condition.parts(c, **given).items():
             setattr(self, name, part)
-        self.down_blocks, self.mid_block = down_levels(c, **given), mid_level(c, **given)
+        self.down_blocks, self.mid_block = down_stages(c, **given), mid_stage(c, **given)
         layers = spread(c.layers_per_block, len(widths))
         skips, below, up = skip_channels(widths, layers), widths[-1], {}
         for i, width in enumerate(reversed(widths)):
-            up[str(i)] = UpLevel(_up(c, i), below, skips[i], twice=i < len(widths) - 1, **given)
+            up[str(i)] = UpStage(_up(c, i), below, skips[i], twice=i < len(widths) - 1, **given)
             below = width
         self.up_blocks = nnx.Dict(up)
         self.conv_norm_out = GroupNorm(widths[0], c.norm_num_groups, eps=c.norm_eps)
@@ -140,7 +139,7 @@ class UNetCondition(nnx.Module):
         h = h if mid_residual is None else h + mid_residual
         for i in range(levels):
             block = self.up_blocks[str(i)]
-            taken, skips = skips[-block.level.layers :], skips[: -block.level.layers]
+            taken, skips = skips[-block.stage.layers :], skips[: -block.stage.layers]
             # Of odd sizes the half is rounded up, and the way back follows the features.
             size = skips[-1].shape[1:3] if skips else None
             with scope(f"up_blocks/{i}"):
@@ -163,7 +162,7 @@ def run_down(levels: nnx.Dict, h, temb, context, bias, keys, adapter=()):
     for i in range(len(levels)):
         block = levels[str(i)]
         extra, adapter = adapter[:1], adapter[1:]
-        crossed = TYPES[block.level.type].attention in ("cross", "added")
+        crossed = TYPES[block.stage.type].attention in ("cross", "added")
         with scope(f"down_blocks/{i}"):
             h, outs, _ = block(
                 h, temb, context, bias=bias, residual=extra[0] if extra and crossed else None, key=keys[i]
@@ -183,18 +182,18 @@ def check_residuals(residuals, skips) -> None:
 
 
 def spread(value: Any, count: int) -> tuple:
-    """One value for each level."""
+    """One value for each stage."""
     return value if isinstance(value, tuple) else (value,) * count
 
 
-def _level(c: Settings, kind: str, channels: int, layers: int, i: int, depth: Any, heads: Any) -> Level:
-    """The settings of a level whose attention is that of level i on the way down."""
+def _stage(c: Settings, kind: str, channels: int, layers: int, i: int, depth: Any, heads: Any) -> Stage:
+    """The settings of a stage whose attention is that of stage i on the way down."""
     count = len(c.block_out_channels)
     typed = TYPES[kind]
     own = typed.resample == "resnet" or kind == "UNetMidBlock2DSimpleCrossAttn"
     rescale = c.mid_block_scale_factor if kind in MID else c.resnet_out_scale_factor if own else 1.0
     width = condition.temb_width(c) * (2 if c.class_embeddings_concat else 1)
-    return Level(
+    return Stage(
         kind, channels, layers, width, head_width=channels if heads[0] is None else heads[0], heads=heads[1],
         depth=spread(depth, max(layers, 1)), context_width=spread(c.cross_attention_dim, count)[i],
         only_cross=spread(c.only_cross_attention, count)[i], linear=c.use_linear_projection,
@@ -205,35 +204,35 @@ def _level(c: Settings, kind: str, channels: int, layers: int, i: int, depth: An
     )  # fmt: skip
 
 
-def down_levels(c: Settings, *, compute: Compute, rngs) -> nnx.Dict:
-    """The levels of the way down."""
+def down_stages(c: Settings, *, compute: Compute, rngs) -> nnx.Dict:
+    """The stages of the way down."""
     widths, out = c.block_out_channels, {}
     count = len(widths)
     heads, depths = spread(c.attention_head_dim, count), spread(c.transformer_layers_per_block, count)
     for i, (kind, layers) in enumerate(zip(c.down_block_types, spread(c.layers_per_block, count), strict=True)):
-        level = _level(c, kind, widths[i], layers, i, depths[i], (heads[i], heads[i]))
+        stage = _stage(c, kind, widths[i], layers, i, depths[i], (heads[i], heads[i]))
         half = i < count - 1
-        out[str(i)] = DownLevel(level, widths[max(i - 1, 0)], half=half, compute=compute, rngs=rngs)
+        out[str(i)] = DownStage(stage, widths[max(i - 1, 0)], half=half, compute=compute, rngs=rngs)
     return nnx.Dict(out)
 
 
-def mid_level(c: Settings, *, compute: Compute, rngs) -> MidLevel | None:
+def mid_stage(c: Settings, *, compute: Compute, rngs) -> MidStage | None:
     """The middle, or None."""
     kind, count = c.mid_block_type, len(c.block_out_channels)
     if kind is None:
         return None
     depth, heads = spread(c.transformer_layers_per_block, count)[-1], spread(c.attention_head_dim, count)[-1]
     layers = 0 if kind == "UNetMidBlock2D" else 1
-    level = _level(c, kind, c.block_out_channels[-1], layers, count - 1, depth, (heads, heads))
+    stage = _stage(c, kind, c.block_out_channels[-1], layers, count - 1, depth, (heads, heads))
     alone = c.mid_block_only_cross_attention
     if alone is None:
         alone = c.only_cross_attention if isinstance(c.only_cross_attention, bool) else False
     alone = alone and kind == "UNetMidBlock2DSimpleCrossAttn"
-    return MidLevel(dataclasses.replace(level, only_cross=alone), compute=compute, rngs=rngs)
+    return MidStage(dataclasses.replace(stage, only_cross=alone), compute=compute, rngs=rngs)
 
 
-def _up(c: Settings, i: int) -> Level:
-    """The settings of level i of the way up."""
+def _up(c: Settings, i: int) -> Stage:
+    """The settings of stage i of the way up."""
     count = len(c.block_out_channels)
     back = count - 1 - i
     depths = spread(c.transformer_layers_per_block, count)[::-1]
@@ -242,7 +241,7 @@ def _up(c: Settings, i: int) -> Level:
     # Checkpoints count the heads from below, but the channels of a head from above.
     both = heads[i], heads[back]
     layers = spread(c.layers_per_block, count)[back] + 1
-    return _level(c, c.up_block_types[i], c.block_out_channels[back], layers, back, depths[i], both)
+    return _stage(c, c.up_block_types[i], c.block_out_channels[back], layers, back, depths[i], both)
 
 
 def unet_condition(config: Mapping[str, Any], **how) -> Model:
@@ -262,7 +261,7 @@ def unet_condition(config: Mapping[str, Any], **how) -> Model:
         image `[B, D]`, hint `[B, 8 H, 8 W, 3]`: of Kandinsky.
         y: labels `[B]` of a table; what the class embedding takes otherwise, such as the noise level of an upscaler.
         residuals, mid_residual: of a ControlNet, added to the features of the way down and to those of the middle.
-        adapter: features of a T2I-Adapter, one for each level.
+        adapter: features of a T2I-Adapter, one for each stage, and perhaps one for the middle.
         pictures: of IP-Adapters, for a network of `diffjax.adapters.ip_adapter`.
         key: turns dropout on.
       Times are steps of 1000.
@@ -301,7 +300,7 @@ def check_settings(kind: str, c: Any) -> None:
         class_embed_type=condition.CLASSES, mid_block_type=(None, *MID), act_fn=tuple(ACTIVATIONS),
         resnet_time_scale_shift=("default", "scale_shift"),
     )  # fmt: skip
-    check_levels(kind, c, tuple(name for name, typed in TYPES.items() if typed.resample != "fir"))
+    check_types(kind, c, tuple(name for name, typed in TYPES.items() if typed.resample != "fir"))
     if c.norm_num_groups is None:
         raise ValueError(f"{kind}: norm_num_groups=None is not supported; its blocks need a number of groups")
     count = len(c.block_out_channels)

@@ -3,6 +3,7 @@
 from diffjax.nn.blocks.attention import MASKED, Attention, mask_bias
 from diffjax.nn.blocks.embed import (
     Embedding,
+    Fourier,
     Modulation,
     PatchEmbed,
     Projection,
@@ -19,6 +20,7 @@ __all__ = [
     "Downsample",
     "Embedding",
     "FeedForward",
+    "Fourier",
     "Modulation",
     "PatchEmbed",
     "Projection",

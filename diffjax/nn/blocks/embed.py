@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from diffjax.nn.conv import Conv
 from diffjax.nn.embed import timestep_waves
 from diffjax.nn.linear import ACTIVATIONS, Linear
+from diffjax.nn.norm import widen
 from diffjax.nn.stack import Compute
 from diffjax.nn.taps import tap
 
@@ -51,6 +53,26 @@ class Projection(nnx.Module):
         x = x if cond is None else x + self.cond_proj(cond)
         out = self.linear_2(self.activation(self.linear_1(x)))
         return out if self.post_activation is None else self.post_activation(out)
+
+
+class Fourier(nnx.Module):
+    """Waves of fixed random frequencies, which the checkpoint holds as `weight` (arXiv:2011.13456, appendix C.1).
+
+    Args:
+      log: of the logarithm of t and not of t.
+    """
+
+    def __init__(self, count: int, *, log: bool, cosines_first: bool, rngs):
+        self.weight = nnx.Param(16.0 * jax.random.normal(rngs.params(), (count,)))
+        self.log, self.cosines_first = log, cosines_first
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        """`[B, 2 count] float32` of `t [B]`."""
+        frequencies = widen(jax.lax.stop_gradient(self.weight[...]))
+        t = jnp.asarray(t, frequencies.dtype)
+        phase = (jnp.log(t) if self.log else t)[:, None] * frequencies * 2 * math.pi
+        waves = (jnp.sin(phase), jnp.cos(phase))
+        return jnp.concatenate(waves[::-1] if self.cosines_first else waves, -1)
 
 
 class LabelEmbedding(nnx.Module):

@@ -41,11 +41,16 @@ def fir_halve(x: jax.Array) -> jax.Array:
     return filtered(x, down=2, pad=(1, 1))
 
 
+def mean_halve(x: jax.Array) -> jax.Array:
+    """Means of 2 x 2 pixels; the last row or column of an odd side is left out, as PyTorch's means leave it."""
+    return halve(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
+
+
 # By the `kernel` of the block; both directions.
-RESAMPLERS = {None: (double, halve), "fir": (fir_double, fir_halve), "sde_vp": (double, halve)}
+RESAMPLERS = {None: (double, mean_halve), "fir": (fir_double, fir_halve)}
 
 
-def nearest(x: jax.Array, height: int, width: int) -> jax.Array:
+def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
     """`x [B, h, w, C]` at another height and width: each pixel that of the nearest corner above and to the left."""
     rows, columns = ((np.arange(n) * (m / n)).astype(int) for n, m in ((height, x.shape[1]), (width, x.shape[2])))
     return x[:, rows][:, :, columns]
@@ -72,7 +77,7 @@ class ResnetBlock(nnx.Module):
         self, channels_in: int, channels_out: int, *, temb_width: int | None = None, film: bool = False,
         groups: int = 32, groups_out: int | None = None, eps: float = 1e-6, activation: str = "silu",
         dropout_rate: float = 0.0, resample: str | None = None, kernel: str | None = None, rescale: float = 1.0,
-        activated: bool = False, skip: bool | None = None, skip_bias: bool = True, compute: Compute, rngs,
+        activated: bool = False, skip: bool | None = None, compute: Compute, rngs,
     ):  # fmt: skip
         settings = dict(dtype=compute.dtype, rngs=rngs)
         self.norm1 = GroupNorm(channels_in, groups, eps=eps)
@@ -83,7 +88,7 @@ class ResnetBlock(nnx.Module):
         self.norm2 = GroupNorm(channels_out, groups_out or groups, eps=eps)
         self.conv2 = Conv(channels_out, channels_out, **settings)
         skip = channels_in != channels_out if skip is None else skip
-        self.conv_shortcut = Conv(channels_in, channels_out, 1, bias=skip_bias, **settings) if skip else None
+        self.conv_shortcut = Conv(channels_in, channels_out, 1, **settings) if skip else None
         up, down = RESAMPLERS[kernel]
         self.resample = {"up": up, "down": down, None: lambda a: a}[resample]
         self.film, self.activated, self.activation = film, activated, ACTIVATIONS[activation]
@@ -128,4 +133,4 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         even = size is None or size == (2 * x.shape[1], 2 * x.shape[2])
-        return tap("out", self.conv(double(x) if even else nearest(x, *size)))
+        return tap("out", self.conv(double(x) if even else resize_nearest(x, *size)))
