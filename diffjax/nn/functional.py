@@ -5,7 +5,7 @@ Nothing outside `diffjax.nn` and `diffjax.models` sees an NNX object: losses, sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +100,18 @@ def numbered(layers: nnx.Dict) -> Iterator[tuple[str, nnx.Module]]:
     Flax sorts names as text when it merges a module: "10" comes before "2" in the dictionary itself.
     """
     return ((name, layers[name]) for name in sorted(layers, key=int))
+
+
+def nested(leaves: Mapping[str, Any]) -> dict:
+    """The nested dict of `{"a/b/c": leaf}`, the inverse of `names_of`."""
+    out: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *path, last = name.split("/")
+        node = out
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return out
 
 
 def check_params(params, shapes) -> None:

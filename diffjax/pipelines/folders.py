@@ -15,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from diffjax.convert.weights import WeightsError, rewrite, save
-from diffjax.convert.weights.folder import check_dtype, some, type_of
+from diffjax.convert.weights.folder import Survey, check_dtype, some, type_of
 from diffjax.convert.weights.originals import Contents, original_components, survey_original
 from diffjax.convert.weights.rewrite import KEYS, check_target, watched
-from diffjax.convert.weights.survey import PIPELINE, Survey, components, survey, unusual
+from diffjax.convert.weights.survey import PIPELINE, components, survey, unusual
 from diffjax.convert.weights.tensors import Source
 from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
 from diffjax.models import NETWORKS, from_config

@@ -95,7 +95,7 @@ def test_gradients_reach_the_adapter_as_in_pytorch(model, params, run):
 
     ours = gradient(adapter)
     assert jax.tree.structure(ours) == jax.tree.structure(adapter)
-    theirs = {name: tensor.open() for name, tensor in read_header(GOLDEN / "gradients.safetensors")[0].items()}
+    theirs = {name: tensor.part() for name, tensor in read_header(GOLDEN / "gradients.safetensors")[0].items()}
     seen = set()
     for module, target in targets_of(model).items():
         part = dict(adapter.parts).get(target.parameter, {target.layer: None})[target.layer]
@@ -127,7 +127,7 @@ def test_the_saved_file_is_that_of_diffusers(model, tmp_path):
     theirs, metadata = read_header(GOLDEN / "diffusers.safetensors")
     save_lora(load_lora(GOLDEN / "diffusers.safetensors", model), model, tmp_path)
     ours, mine = read_header(tmp_path / "pytorch_lora_weights.safetensors")
-    assert {k: v.open().tobytes() for k, v in ours.items()} == {k: v.open().tobytes() for k, v in theirs.items()}
+    assert {k: v.part().tobytes() for k, v in ours.items()} == {k: v.part().tobytes() for k, v in theirs.items()}
     config, wanted = json.loads(mine[METADATA]), json.loads(metadata[METADATA])
     assert all(config[name] == wanted[name] for name in ("r", "lora_alpha", "use_rslora", "peft_type"))
     assert config["rank_pattern"] == {"^transformer_blocks.1.attn1.to_q": 4}

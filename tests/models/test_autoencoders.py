@@ -247,7 +247,7 @@ def test_codebook_takes_the_nearest_row_and_passes_the_gradient_on():
 def test_older_files_have_other_names_and_shapes(net, tmp_path):
     model, params = net
     save(model, params, tmp_path / "new")
-    tensors = {name: tensor.open() for name, tensor in find(tmp_path / "new").items()}
+    tensors = {name: tensor.part() for name, tensor in find(tmp_path / "new").items()}
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
     for name, value in tensors.items():

@@ -79,7 +79,7 @@ def test_live_run_is_that_of_pytorch(folder):
 
 
 def compare_gradients(gradients, path):
-    theirs = {name: tensor.open() for name, tensor in read_header(path)[0].items()}
+    theirs = {name: tensor.part() for name, tensor in read_header(path)[0].items()}
     for name, place in layout(names_of(gradients)).items():
         ours = np.asarray(names_of(gradients)[name])
         for i, key in enumerate(place.keys):
@@ -94,7 +94,7 @@ def check_round_trip(model, params, folder):
     """What is written has the bytes of what was read; `parity/read_back.py` shows it to PyTorch."""
     written = folder / "written"
     save(model, params, written)
-    ours, theirs = ({name: tensor.open() for name, tensor in find(where).items()} for where in (written, folder))
+    ours, theirs = ({name: tensor.part() for name, tensor in find(where).items()} for where in (written, folder))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype and ours[name].tobytes() == value.tobytes()

@@ -20,10 +20,11 @@ from diffjax.convert.weights.strict import parse, shown
 from diffjax.convert.weights.tensors import Tensor, read_header
 from diffjax.core.types import Model
 from diffjax.models import from_config, kind_of
-from diffjax.nn.functional import names_of
+from diffjax.nn.functional import names_of, nested
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 LONGEST_JSON = 20_000_000
+PIECE = 1 << 24  # bytes that are compared at a time
 
 
 class Report(NamedTuple):
@@ -75,35 +76,75 @@ def load(
       ValueError: for a config that describes no network that is known here.
       OSError: if something cannot be read.
     """
-    path = Path(path)
     check_dtype("param_dtype", param_dtype)
+    found = opened(path, config=config, variant=variant, **how)
+    check_fits(found)
+    return found.model, parameters(found, param_dtype, sharding)
+
+
+class Survey(NamedTuple):
+    """A network in a folder.
+
+    Attributes:
+      path: the folder, or file.
+      kind: its class; "" for a file without a config.
+      tensors: of the file by today's names; empty for a config alone.
+      model: the network; None if its class is not known here.
+      shapes: of its parameters by name; empty if its class is not known here.
+      places: where these lie among the tensors.
+      report: how tensors and parameters differ; None if there are none of either.
+    """
+
+    path: Path
+    kind: str
+    tensors: Mapping[str, Tensor]
+    model: Model | None
+    shapes: Mapping[str, Any]
+    places: Mapping[str, Place]
+    report: Report | None
+
+
+def opened(
+    path: str | os.PathLike, *, config: Mapping[str, Any] | None = None, variant: str | None = None,
+    weights: bool = True, **how,
+) -> Survey:  # fmt: skip
+    """The network of a folder, and how its weights fit it; nothing but headers is read.
+
+    Args:
+      path, config, variant, how: as for `load`.
+      weights: whether there are any; without them the network alone is told of.
+
+    Raises:
+      As `load`, but not for weights that do not fit.
+    """
+    path = Path(path)
     config = read_config(path) if config is None else config
+    kind = kind_of(config)
     # Before a network is built: a folder without weights says so at once.
-    files = find(path, variant)
-    model, shapes = build(config, path, **how)
-    places, tensors = match(kind_of(config), files, names_of(shapes))
-    difference = compare(places, tensors, names_of(shapes))
-    if any(difference):
-        raise WeightsError(f"{path}: not the parameters of its {kind_of(config)}: {difference}")
-    shardings = sharding(model, shapes) if sharding else None
-    return model, parameters(shapes, places, tensors, param_dtype, shardings)
+    files = find(path, variant) if weights else {}
+    model, tree = build(config, path, **how)
+    shapes = names_of(tree)
+    places, tensors = match(kind, files, shapes)
+    return Survey(path, kind, tensors, model, shapes, places, compare(places, tensors, shapes) if weights else None)
+
+
+def check_fits(found: Survey, what: str = "") -> None:
+    """Raises `WeightsError` if tensors and parameters differ; `what` is the part of the file that is meant."""
+    if found.report and any(found.report):
+        where = f"{found.path}: {what}: " if what else f"{found.path}: "
+        raise WeightsError(f"{where}not the parameters of its {found.kind}: {found.report}")
 
 
 def parameters(
-    shapes: dict, places: Mapping[str, Place], tensors: Mapping[str, Tensor], param_dtype: str | None, shardings: Any
+    found: Survey, param_dtype: str | None = None, sharding: Callable[[Model, dict], Any] | None = None
 ) -> dict:  # fmt: skip
-    """The parameters of these shapes, read from their places.
-
-    Args:
-      param_dtype: as in `load`.
-      shardings: a tree like `shapes`, or None for the default device.
-    """
-    where = dict.fromkeys(places) if shardings is None else names_of(shardings)
-    leaves = [
-        _leaf(place, tensors, tuple(shape.shape), param_dtype, where[name])
-        for (name, place), shape in zip(places.items(), jax.tree.leaves(shapes), strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    """The parameters of a network whose weights fit; the rest as for `load`."""
+    shapes = nested(found.shapes)
+    where = dict.fromkeys(found.places) if sharding is None else names_of(sharding(found.model, shapes))
+    return nested({
+        name: _leaf(place, found.tensors, tuple(found.shapes[name].shape), param_dtype, where[name])
+        for name, place in found.places.items()
+    })  # fmt: skip
 
 
 def build(config: Mapping[str, Any], path: Path, **how) -> tuple[Model, dict]:
@@ -289,8 +330,13 @@ def untie(kind: str, tensors: Mapping[str, Tensor], wanted: set[str]) -> dict[st
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    bits = lambda tensor: tensor.open().reshape(-1).view(np.uint8)
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(bits(a), bits(b))
+    """Whether two tensors have the same bytes, of which some rows are in memory at a time."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    rows = a.shape[0] if a.shape else 1
+    many = max(1, PIECE // max(1, a.nbytes // max(1, rows)))
+    pieces = ((slice(i, i + many),) if a.shape else () for i in range(0, rows, many))
+    return all(a.part(piece).tobytes() == b.part(piece).tobytes() for piece in pieces)
 
 
 def compare(places: Mapping[str, Place], tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> Report:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.strict import shown
 from diffjax.convert.weights.tensors import Tensor, bounds
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -82,6 +83,10 @@ def read(place: Place, tensors: Mapping[str, Tensor], index: tuple[slice, ...], 
     """The part `index` (slices without steps) of a parameter, as an array of `dtype` of its own.
 
     Each layer is read straight into its slot: besides the result a chunk is in memory.
+
+    Raises:
+      WeightsError: for a tensor of another shape than its place has.
+      OSError: if a file cannot be read.
     """
     lengths = (len(place.keys),) * place.stacked + tuple(place.shape[axis] for axis in place.axes)
     index = bounds(index, lengths)
@@ -90,6 +95,9 @@ def read(place: Place, tensors: Mapping[str, Tensor], index: tuple[slice, ...], 
     back = np.argsort(place.axes)
     slots = out if place.stacked else out[None]
     for i, key in enumerate(keys):
+        if tensors[key].shape != place.shape:
+            told = f"{list(tensors[key].shape)} instead of {list(place.shape)}"
+            raise WeightsError(f"{tensors[key].path}: tensor {shown(key)} has the shape {told}")
         tensors[key].fill(slots[i, ...].transpose(back), tuple(inner[axis] for axis in back))
     return out
 

@@ -75,7 +75,7 @@ def load_official_dit(
     )
     if any(difference):
         raise WeightsError(f"{path}: not the parameters of a DiT: {difference}")
-    arrays = {name: tensor.open() for name, tensor in tensors.items()}
+    arrays = {name: tensor.part() for name, tensor in tensors.items()}
     if POSITIONS in arrays:
         ours = positions(model.config["shape"][0] // model.config["patch"], model.config["width"])
         # A file of 16 bits has them rounded.

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import check_dtype, read_config, some, type_of
+from diffjax.convert.weights.folder import Survey, check_dtype, check_fits, read_config, some, type_of
 from diffjax.convert.weights.layout import Place, layout, read, split
 from diffjax.convert.weights.originals import survey_original
-from diffjax.convert.weights.survey import Survey, survey
+from diffjax.convert.weights.survey import survey
 from diffjax.convert.weights.tensors import Source, Tensor
 from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
 from diffjax.models import NETWORKS
@@ -53,8 +53,7 @@ def rewrite(
     if keys not in (None, *KEYS):
         raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
     found = survey(source, variant) if component is None else survey_original(source, component, family=family)
-    if found.report and any(found.report):
-        raise WeightsError(f"{source}: not the parameters of its {found.kind}: {found.report}")
+    check_fits(found, component or "")
     if not found.tensors:
         raise WeightsError(f"{source}: a config without weights")
     sources = _renamed(found, keys, dtype) if found.model else _kept(found, keys, dtype)

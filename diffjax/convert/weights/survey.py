@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import Report, build, compare, find, match, read_config, read_json
-from diffjax.convert.weights.layout import Place
+from diffjax.convert.weights.folder import Survey, find, opened, read_config, read_json
 from diffjax.convert.weights.tensors import Tensor
-from diffjax.core.types import Model
 from diffjax.models import NETWORKS, kind_of
-from diffjax.nn.functional import names_of
 
 PIPELINE = "model_index.json"
 PIECE = 1 << 22
-
-
-class Survey(NamedTuple):
-    """A network in a folder.
-
-    Attributes:
-      path: the folder, or file.
-      kind: its class; "" for a file without a config.
-      tensors: of the file by today's names; empty for a config alone.
-      model: the network; None if its class is not known here.
-      shapes: of its parameters by name; empty if its class is not known here.
-      places: where these lie among the tensors.
-      report: how tensors and parameters differ; None if there are none of either.
-    """
-
-    path: Path
-    kind: str
-    tensors: Mapping[str, Tensor]
-    model: Model | None
-    shapes: Mapping[str, Any]
-    places: Mapping[str, Place]
-    report: Report | None
 
 
 def survey(path: str | os.PathLike, variant: str | None = None) -> Survey:
@@ -57,15 +30,10 @@ def survey(path: str | os.PathLike, variant: str | None = None) -> Survey:
     folder = path.parent if path.is_file() else path
     config = read_config(path) if not path.is_file() or (folder / "config.json").is_file() else None
     kind = "" if config is None else kind_of(config)
-    tensors: Mapping[str, Tensor] = {}
-    if path.is_file() or variant or holds_weights(path):
-        tensors = find(path, variant)
+    held = path.is_file() or bool(variant) or holds_weights(path)
     if kind not in NETWORKS:
-        return Survey(path, kind, tensors, None, {}, {}, None)
-    model, tree = build(config, path)
-    shapes = names_of(tree)
-    places, tensors = match(kind, tensors, shapes)
-    return Survey(path, kind, tensors, model, shapes, places, compare(places, tensors, shapes) if tensors else None)
+        return Survey(path, kind, find(path, variant) if held else {}, None, {}, {}, None)
+    return opened(path, config=config, variant=variant, weights=held)
 
 
 def holds_weights(folder: Path) -> bool:

@@ -10,9 +10,10 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +29,9 @@ MOST_AXES = 32
 CHUNK = 1 << 17
 # What people have where a safetensors file should be, by its first bytes.
 OTHERS = {
-    b"version ": "a Git LFS pointer instead of the file: fetch it with `git lfs pull`",
-    b"PK\3\4": "a zip file, as PyTorch's pickles are, under another name; it is not opened",
-    b"\x80\2": "a pickle under another name, which would run code of its own when it is read; it is not opened",
+    rb"version ": "a Git LFS pointer instead of the file: fetch it with `git lfs pull`",
+    rb"PK\x03\x04": "a zip file, as PyTorch's pickles are, under another name; it is not opened",
+    rb"\x80[\x02-\x05]": "a pickle under another name, which would run code of its own when it is read; it is not opened",
 }
 DTYPES = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": jnp.dtype("bfloat16"),
@@ -43,23 +44,18 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: its type and shape, and where its first byte lies."""
+    """A tensor of a file: its type and shape, and where its first byte lies; `stamp` tells the file from another one
+    that takes its place."""
 
     path: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+    stamp: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    def open(self) -> np.ndarray:
-        """The tensor, mapped: what is taken of it is read then."""
-        if not self.nbytes:
-            return np.zeros(self.shape, self.dtype)
-        raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.nbytes,))
-        return raw.view(self.dtype).reshape(self.shape)
 
     def part(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The part `index`, slices without steps, in memory; raises as `fill`."""
@@ -75,13 +71,30 @@ class Tensor(NamedTuple):
           index: slices without steps; the axes left out are whole.
 
         Raises:
-          WeightsError: if the file became shorter since its header was read.
+          ValueError: for an array of another shape.
+          WeightsError: if the file is no longer the one whose header was read, or became shorter.
           OSError: if it cannot be read.
         """
-        index = bounds(index, self.shape)
+        index = checked(out, index, self.shape)
         if out.size:
             with open(self.path, "rb", buffering=0) as file:
+                if self.stamp not in (None, stamp_of(os.fstat(file.fileno()))):
+                    raise WeightsError(f"{self.path}: was replaced while it was read; load it again")
                 _fill(file, out, self, index)
+
+
+def stamp_of(stat: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def checked(out: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """`bounds`, for an array that is to hold this part; raises `ValueError` for one of another shape."""
+    ends = bounds(index, shape)
+    wanted = tuple(part.stop - part.start for part in ends)
+    if out.shape != wanted:
+        raise ValueError(f"an array of shape {out.shape} for a part of shape {wanted}")
+    return ends
 
 
 def bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -139,20 +152,23 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, s
     """
     path = Path(path)
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        stat = os.fstat(file.fileno())
+        size = stat.st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            other = next((what for magic, what in OTHERS.items() if start.startswith(magic)), "")
+            other = next((what for magic, what in OTHERS.items() if re.match(magic, start)), "")
             told = other or f"cut off: a header of {length} bytes in a file of {size}; copy it again"
             raise WeightsError(f"{path}: {told}")
         if length > LONGEST_HEADER:
             raise WeightsError(f"{path}: a header of {length} bytes; the format allows {LONGEST_HEADER}")
         text = file.read(length)
-    return parse_header(path, text, size)
+    return parse_header(path, text, size, stamp_of(stat))
 
 
-def parse_header(path: Path, text: bytes, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def parse_header(
+    path: Path, text: bytes, size: int, stamp: tuple[int, ...] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """`read_header` of the file at `path` with `size` bytes, whose header is `text`."""
     try:
         header = parse(text)
@@ -164,7 +180,7 @@ def parse_header(path: Path, text: bytes, size: int) -> tuple[dict[str, Tensor],
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise WeightsError(f"{path}: the header's __metadata__ is no map from text to text")
     begin = 8 + len(text)
-    tensors = {name: _tensor(path, name, entry, begin) for name, entry in header.items()}
+    tensors = {name: _tensor(path, name, entry, begin)._replace(stamp=stamp) for name, entry in header.items()}
     _check_layout(path, tensors, begin, size)
     return tensors, metadata
 
@@ -214,6 +230,12 @@ class Source(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, leaf: Any, dtype: Any = None) -> Source:
+        """An array of numpy or JAX, brought to the host when its turn comes; as `dtype` where that is given."""
+        kept = np.dtype(leaf.dtype if dtype is None else dtype)
+        return cls(kept, tuple(leaf.shape), lambda: np.asarray(leaf).astype(kept, copy=False))
 
     @property
     def nbytes(self) -> int:

@@ -177,29 +177,25 @@ def open_source(config: ConfigDict) -> dict[str, Leaf]:
 
 def of_checkpoint(folder: Path) -> dict[str, Leaf]:
     """The parameters of a folder with the `config.json` of a network of `diffjax.models.NETWORKS`, and its weights."""
-    from diffjax.convert.weights.folder import build, find, match, type_of
-    from diffjax.convert.weights.folder import read_config as read_settings
+    from diffjax.convert.weights.folder import opened, type_of
     from diffjax.convert.weights.layout import read
-    from diffjax.models import kind_of
-    from diffjax.nn.functional import names_of
 
     try:
-        config = read_settings(folder)
-        shapes = names_of(build(config, folder)[1])
-        places, tensors = match(kind_of(config), find(folder), shapes)
+        found = opened(folder)
     except ValueError as error:
         raise ConfigError(f"config.init_from: {error}") from error
-    keys = {key for place in places.values() for key in place.keys}
-    if unexpected := sorted(tensors.keys() - keys):
-        raise ConfigError(f"config.init_from: {folder} has tensors that its network has not: {', '.join(unexpected)}")
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    # What is missing may start afresh, by `config.init_missing`.
+    wrong = found.report._replace(missing=())
+    if any(wrong):
+        raise ConfigError(f"config.init_from: {folder}: not the parameters of its {found.kind}: {wrong}")
+    sizes = {name: tensor.nbytes for name, tensor in found.tensors.items()}
     processes.agree("parameters of config.init_from", sizes, "it must be one folder that all of them see")
 
     def leaf(name, place):
-        kept = type_of(place, tensors, None)
-        return Leaf(tuple(shapes[name].shape), lambda index: read(place, tensors, index, kept))
+        kept = type_of(place, found.tensors, None)
+        return Leaf(tuple(found.shapes[name].shape), lambda index: read(place, found.tensors, index, kept))
 
-    held = {name: place for name, place in places.items() if all(key in tensors for key in place.keys)}
+    held = {name: place for name, place in found.places.items() if all(key in found.tensors for key in place.keys)}
     return {name: leaf(name, place) for name, place in held.items()}
 
 

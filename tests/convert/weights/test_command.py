@@ -80,7 +80,7 @@ def test_inspect_plans_a_config_without_weights(capsys, tmp_path):
 
 
 def test_inspect_says_what_does_not_fit(capsys, folder, tmp_path):
-    arrays = {name: np.array(tensor.open()) for name, tensor in find(folder).items()}
+    arrays = {name: tensor.part() for name, tensor in find(folder).items()}
     arrays["more"] = arrays.pop("proj_out_1.bias")
     arrays["proj_out_1.weight"][3, 5] = np.nan
     write(tmp_path / ONE, {k: Source(a.dtype, a.shape, lambda a=a: a) for k, a in arrays.items()}, {})
@@ -182,7 +182,7 @@ def test_convert_takes_classes_that_are_not_known(capsys, tmp_path):
     assert run(capsys, "convert", tmp_path / "other", tmp_path / "half", "--dtype=float16")[0] == 0
     found = read_header(tmp_path / "half" / name)[0]
     assert found["a.weight"].dtype == np.float16 and found["n"].dtype == np.int64
-    np.testing.assert_array_equal(found["a.weight"].open(), arrays["a.weight"])
+    np.testing.assert_array_equal(found["a.weight"].part(), arrays["a.weight"])
     code, _, err = run(capsys, "convert", tmp_path / "other", tmp_path / "p", "--keys=params")
     assert code == 2 and "needs a class that is known here, not 'Other'" in err and not (tmp_path / "p").exists()
 
@@ -205,7 +205,7 @@ def test_convert_takes_the_weights_of_a_run(capsys, tmp_path):
         found = read_header(target / "params.safetensors")[0]
         wanted = names_of(load_run(workdir, ema=ema).params)
         assert found.keys() == wanted.keys()
-        assert all(found[name].open().tobytes() == np.asarray(leaf).tobytes() for name, leaf in wanted.items())
+        assert all(found[name].part().tobytes() == np.asarray(leaf).tobytes() for name, leaf in wanted.items())
     code, _, err = run(capsys, "convert", workdir, tmp_path / "other")
     assert code == 2 and "'mlp' is of no class that checkpoints have" in err and "--keys=params" in err
     # The same as with --workdir.

@@ -34,6 +34,17 @@ def test_more_layers_than_any_network_has():
         place(f"b/0:{MOST_LAYERS + 1}/bias", (MOST_LAYERS + 1, 3))
 
 
+@pytest.mark.parametrize("held", [(4, 5), (2, 5), (3,), (5, 3)])
+def test_a_tensor_of_another_shape_is_not_read_for_a_part_of_it(tmp_path, held):
+    array = np.zeros(held, np.float32)
+    write(tmp_path / "a.safetensors", {"a.weight": Source(array.dtype, held, lambda: array)}, {})
+    tensors = read_header(tmp_path / "a.safetensors")[0]
+    with pytest.raises(WeightsError, match=r"tensor 'a.weight' has the shape .* instead of \[3, 5\]"):
+        read(place("a/kernel", (5, 3)), tensors, (), np.dtype("f4"))
+    with pytest.raises(ValueError, match="an array of shape"):
+        tensors["a.weight"].fill(np.zeros((7, 5), np.float32))
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_read_is_the_inverse_of_split_in_every_part(tmp_path, seed):
     rng = np.random.default_rng(seed)
@@ -63,4 +74,4 @@ def test_read_is_the_inverse_of_split_in_every_part(tmp_path, seed):
             index = tuple(slice(int(a), int(b)) for a, b in ends)
             np.testing.assert_array_equal(read(where, tensors, index, np.dtype("f8")), array[index])
         again = {key: part.tobytes() for key, part in split(where, whole).items()}
-        assert again == {key: tensors[key].open().tobytes() for key in where.keys}
+        assert again == {key: tensors[key].part().tobytes() for key in where.keys}

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import pickle
 import re
 
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from diffjax.convert.weights import WeightsError, tensors
+from diffjax.convert.weights.originals.views import Joined, Unit
 from diffjax.convert.weights.tensors import DTYPES, Source, Tensor, read_header, write, writing
 
 # What the numpy interface of the package writes, but does not read.
@@ -26,8 +29,7 @@ def values(name, shape, seed=0):
     return raw.astype(np.uint8).view(dtype).reshape(shape)
 
 
-def source(array):
-    return Source(array.dtype, array.shape, lambda: array)
+source = Source.of
 
 
 def raw(path, header, data=b"", *, length=None):
@@ -46,7 +48,7 @@ def test_what_the_package_writes_is_read_here(tmp_path, name):
     assert metadata == {"format": "pt"} and found.keys() == arrays.keys()
     for key, array in arrays.items():
         assert (found[key].dtype, found[key].shape, found[key].nbytes) == (array.dtype, array.shape, array.nbytes)
-        assert found[key].open().tobytes() == array.tobytes()
+        assert found[key].part().tobytes() == array.tobytes()
         out = np.empty(array.shape, array.dtype)
         found[key].fill(out)
         assert out.tobytes() == array.tobytes()
@@ -136,7 +138,7 @@ def test_what_is_no_sound_file_is_refused(tmp_path, header, data, words):
         ((2**63 + 5).to_bytes(8, "little") + b"{}", "cut off: a header of"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         (b"PK\3\4" + bytes(100), "a zip file"),
-        (b"\x80\2}q\0." + bytes(100), "a pickle under another name"),
+        *((pickle.dumps({}, protocol=n) + bytes(100), "a pickle under another name") for n in (2, 3, 4, 5)),
     ],
 )
 def test_other_files_are_told_apart(tmp_path, content, words):
@@ -162,7 +164,7 @@ def test_enormous_names_do_not_fill_the_message(tmp_path):
     assert len(str(error.value)) < 1000
 
 
-def test_parts_are_those_of_the_mapped_tensor(tmp_path, monkeypatch):
+def test_parts_are_those_of_the_whole(tmp_path, monkeypatch):
     # Chunks of any size meet rows that are longer and shorter than they are.
     path, rng = tmp_path / "a.safetensors", np.random.default_rng(3)
     shapes = [(), (7,), (0, 3), (40, 3), (3, 50), (5, 6, 7), (2, 3, 4, 5)]
@@ -180,12 +182,33 @@ def test_parts_are_those_of_the_mapped_tensor(tmp_path, monkeypatch):
                 np.testing.assert_array_equal(out, array[index])
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+@pytest.mark.parametrize("change", ["replaced", "written to", "shorter"])
+def test_a_file_that_changes_while_it_is_read(tmp_path, change):
     path = raw(tmp_path / "a.safetensors", {"w": W}, bytes(24))
-    tensor = read_header(path)[0]["w"]
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(WeightsError, match="became shorter"):
-        tensor.fill(np.zeros((2, 3), np.float32))
+    tensor, other = read_header(path)[0]["w"], path.read_bytes()[:-24] + bytes(range(24))
+    if change == "replaced":  # by one of the same size and age
+        stat = path.stat()
+        (tmp_path / "b").write_bytes(other)
+        os.utime(tmp_path / "b", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        os.replace(tmp_path / "b", path)
+    else:
+        path.write_bytes(other[: -1 if change == "shorter" else None])
+        os.utime(path, ns=(0, 0))
+    for read in (tensor.part, lambda: tensor.fill(np.zeros((2, 3), np.float32))):
+        with pytest.raises(WeightsError, match="was replaced while it was read; load it again"):
+            read()
+    if change == "shorter":
+        with pytest.raises(WeightsError, match="became shorter"):
+            tensor._replace(stamp=None).part()
+
+
+def test_an_array_of_another_shape_is_not_filled(tmp_path):
+    tensor = read_header(raw(tmp_path / "a.safetensors", {"w": W}, bytes(24)))[0]["w"]
+    views = (tensor, Joined((tensor,)), Joined((tensor,), turned=True), Unit(tensor.path, tensor.dtype, (2, 3)))
+    for view in views:
+        for shape in ((3, 3), (1, 3), (3,), ()):
+            with pytest.raises(ValueError, match="an array of shape"):
+                view.fill(np.zeros(shape, np.float32), (slice(0, 2), slice(0, 2)))
 
 
 def test_types_that_the_format_lacks_and_sources_that_lie_write_nothing(tmp_path):

@@ -10,7 +10,7 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from diffjax.train import loop, paths
-from diffjax.train.checkpoint.init_from import first_state_from, of_safetensors, save_params
+from diffjax.train.checkpoint.init_from import first_state_from, of_checkpoint, of_safetensors, save_params
 from diffjax.train.errors import ConfigError
 from diffjax.train.parallel import sharding
 from diffjax.train.parts import prepare
@@ -153,6 +153,40 @@ def test_a_wrong_source_is_one_clear_error(tmp_path, make, changes, words):
     with pytest.raises(ConfigError) as error:
         start(**dict(init_from=str(tmp_path)) | changes)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda a: np.concatenate([a, a[:1]]), r"1 of another shape: proj_out_2.bias \[5\] instead of \[4\]"),
+        (lambda a: a[:-1], r"1 of another shape: proj_out_2.bias \[3\] instead of \[4\]"),
+        (lambda a: a.astype(np.int32), "1 of another type: proj_out_2.bias int32 instead of float32"),
+    ],
+    ids=["larger", "smaller", "integers"],
+)
+def test_a_checkpoint_folder_holds_its_network(tmp_path, change, words):
+    from diffjax.convert import save
+    from diffjax.models import from_config
+
+    config = {
+        "_class_name": "DiTTransformer2DModel", "num_attention_heads": 1, "attention_head_dim": 4, "num_layers": 1,
+        "sample_size": 4, "in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 2,
+    }  # fmt: skip
+    model = from_config(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    save(model, jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes), tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    # A smaller one lies in front of the others, so that their bytes follow it.
+    arrays["proj_out_2.bias"] = change(arrays["proj_out_2.bias"])
+    safetensors.numpy.save_file(arrays, file)
+    with pytest.raises(ConfigError, match=f"config.init_from: .*: not the parameters of its DiT.*Model: {words}"):
+        of_checkpoint(tmp_path)
+    del arrays["proj_out_2.bias"]
+    safetensors.numpy.save_file(arrays, file)
+    # What is missing may be left to start afresh.
+    found = of_checkpoint(tmp_path)
+    assert "proj_out_2/kernel" in found and "proj_out_2/bias" not in found
 
 
 def test_a_resumed_run_does_not_need_its_source_and_records_it(trained, tmp_path):

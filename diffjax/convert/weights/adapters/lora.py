@@ -241,7 +241,7 @@ def _config(file: Path, config: dict[str, Any], component: str | None) -> dict[s
 
 def _alpha(module: str, rank: int, given: Tensor | None, config: Mapping[str, Any]) -> float:
     if given is not None:
-        return float(np.asarray(given.open(), np.float64).reshape(-1)[0])
+        return float(np.asarray(given.part(), np.float64).reshape(-1)[0])
     fits = (v for k, v in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", module))
     return float(next(fits, config.get("lora_alpha", rank)))
 
@@ -266,7 +266,7 @@ def _adapter(file, modules, targets, names, config, param_dtype) -> Adapter:
 
 def _factors(file, module, tensors, shape) -> tuple[np.ndarray, np.ndarray]:
     """A `[*window, C_in, rank]` and B `[rank, C_out]`; a window of one may be left out or written out."""
-    a, b = tensors["a"].open(), tensors["b"].open()
+    a, b = tensors["a"].part(), tensors["b"].part()
     window = lambda some: () if all(n == 1 for n in some) else tuple(some)
     fits = a.ndim >= 2 and b.ndim >= 2 and b.shape[:2] == (shape[0], a.shape[0]) and a.shape[1] == shape[1]
     if not (fits and window(a.shape[2:]) == window(shape[2:]) and window(b.shape[2:]) == () and a.shape[0]):

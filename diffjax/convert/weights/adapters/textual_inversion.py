@@ -40,7 +40,7 @@ def load_textual_inversion(
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     name, tensor = _chosen(path, find(path), encoder)
-    rows = np.atleast_2d(np.array(tensor.open()))
+    rows = np.atleast_2d(tensor.part())
     if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating) or not rows.size:
         raise WeightsError(f"{path}: {name!r} is {rows.dtype} of shape {list(tensor.shape)}; expected rows of a table")
     if token is None or isinstance(token, str):

@@ -10,13 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import build, check_dtype, compare, match, parameters
+from diffjax.convert.weights.folder import Survey, build, check_dtype, check_fits, compare, match, parameters
 from diffjax.convert.weights.layout import layout
 from diffjax.convert.weights.originals import flux, mmdit, text, unet, vae
 from diffjax.convert.weights.originals.contents import Contents, Part, flat, original_components
 from diffjax.convert.weights.originals.names import Naming, arrange, cut, fit
 from diffjax.convert.weights.originals.views import Unit
-from diffjax.convert.weights.survey import Survey
 from diffjax.core.types import Model
 from diffjax.models import kind_of
 from diffjax.nn.functional import names_of
@@ -48,22 +47,8 @@ def load_original(
     """
     check_dtype("param_dtype", param_dtype)
     found = survey_original(path, component, config=config, family=family, **how)
-    if any(found.report):
-        raise WeightsError(f"{found.path}: {component}: not the parameters of its {found.kind}: {found.report}")
-    shapes = _tree(found.shapes)
-    shardings = sharding(found.model, shapes) if sharding else None
-    return found.model, parameters(shapes, found.places, found.tensors, param_dtype, shardings)
-
-
-def _tree(leaves):
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parts, last = name.split("/")
-        inside = tree
-        for part in parts:
-            inside = inside.setdefault(part, {})
-        inside[last] = leaf
-    return tree
+    check_fits(found, component)
+    return found.model, parameters(found, param_dtype, sharding)
 
 
 def survey_original(

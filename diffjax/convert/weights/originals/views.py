@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffjax.convert.weights.tensors import Tensor, bounds
+from diffjax.convert.weights.tensors import Tensor, bounds, checked
 
 
 def rows(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -40,9 +40,6 @@ class Joined(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def open(self) -> np.ndarray:
-        return self.part()
-
     def part(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """As `Tensor.part`."""
         out = np.empty([part.stop - part.start for part in bounds(index, self.shape)], self.dtype)
@@ -51,7 +48,7 @@ class Joined(NamedTuple):
 
     def fill(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
         """As `Tensor.fill`."""
-        index = bounds(index, self.shape)
+        index = checked(out, index, self.shape)
         if self.turned:
             out, index = out.T, index[::-1]
         start, stop, at = index[0].start, index[0].stop, 0
@@ -73,13 +70,10 @@ class Unit(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def open(self) -> np.ndarray:
-        return self.part()
-
     def part(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """As `Tensor.part`."""
         return np.eye(*self.shape, dtype=self.dtype)[bounds(index, self.shape)].copy()
 
     def fill(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
         """As `Tensor.fill`."""
-        out[...] = self.part(index)
+        out[...] = self.part(checked(out, index, self.shape))
