@@ -31,8 +31,9 @@ from diffjax.nn.functional import names_of
 from diffjax.nn.norm import widen
 from diffjax.registry import nearest
 
-# Parameters whose first axis is that of the layers: `diffjax.nn.stack`, and the blocks of `diffjax.models.dit`.
-STACKED = re.compile(r"(?:^|/)(\d+):(\d+)/|^blocks/(?=[a-z])")
+# Parameters whose first axis is that of the layers: those of `diffjax.nn.stack` and of `diffjax.models.dit`. Those of
+# `diffjax.models.mlp` are `blocks/block0`, each by itself.
+STACKED = re.compile(r"(?:^|/)(\d+):(\d+)/|^blocks/(?=(?:attention|mlp|modulation)/)")
 
 
 class Pair(NamedTuple):
@@ -47,14 +48,14 @@ class Pair(NamedTuple):
     b: jax.Array
 
 
-class Part(NamedTuple):
+class Layer(NamedTuple):
     """The rank and alpha of one layer; rank 0 for a layer that is not adapted."""
 
     rank: int
     alpha: float
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["pairs"], meta_fields=["parts", "use_rslora"])
+@partial(jax.tree_util.register_dataclass, data_fields=["pairs"], meta_fields=["layers", "use_rslora"])
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """A pytree whose leaves are the factors; ranks and alphas are static.
@@ -62,12 +63,12 @@ class Adapter:
     Attributes:
       pairs: by the name of the kernel, such as "transformer_blocks/0:12/attn1/to_q/kernel". Layers of one stack whose
         ranks differ are filled up with zeros, which stay zero under any optimiser that leaves what has no gradient.
-      parts: `((name, (Part, ...)), ...)`, a part for each layer of the kernel.
+      layers: `((name, (Layer, ...)), ...)`, one for each layer of the kernel.
       use_rslora: divide by the root of the rank (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
     pairs: dict[str, Pair]
-    parts: tuple[tuple[str, tuple[Part, ...]], ...]
+    layers: tuple[tuple[str, tuple[Layer, ...]], ...]
     use_rslora: bool = False
 
 
@@ -89,7 +90,6 @@ def layers_of(name: str, shape: tuple[int, ...]) -> list[str]:
 def init(
     key: jax.Array, params: Any, targets: Iterable[str], rank: int, alpha: float | None = None, *,
     ranks: Mapping[str, int] | None = None, alphas: Mapping[str, float] | None = None, use_rslora: bool = False,
-    use_dora: bool = False,
 ) -> Adapter:  # fmt: skip
     """A new adapter, which changes nothing yet: A is uniform within 1 / sqrt(inputs), as in peft, B is zero.
 
@@ -101,75 +101,69 @@ def init(
       rank, alpha: of all kernels; alpha None for the rank, which makes the factor 1.
       ranks, alphas: `{regex: value}` for kernels that have others; the first that fits counts.
       use_rslora: the factor is `alpha / sqrt(rank)`.
-      use_dora: not supported.
 
     Returns:
       An `Adapter` with float32 factors.
 
     Raises:
-      ValueError: for a target that fits no kernel, a rank below 1, or DoRA.
+      ValueError: for a target that fits no kernel, or a rank below 1.
     """
-    if use_dora:
-        raise ValueError("lora: use_dora=True: DoRA's magnitudes are not supported; leave it out")
     targets = [targets] if isinstance(targets, str) else list(targets)
-    kernels = {name: tuple(leaf.shape) for name, leaf in names_of(params).items() if _is_kernel(name)}
-    # By target, the layers that it fits: a target without any is a mistake.
-    hits = {target: 0 for target in targets}
-    chosen: dict[str, tuple[Part, ...]] = {}
-    for name, shape in kernels.items():
-        parts = []
-        for layer in layers_of(name, shape):
-            fits = [target for target in targets if re.search(target, name) or re.search(target, layer)]
-            for target in fits:
-                hits[target] += 1
-            value = _of(ranks, (name, layer), rank) if fits else 0
-            if fits and (type(value) is not int or value < 1):
-                raise ValueError(f"lora: {layer}: rank={value!r}: expected a whole number above zero")
-            default = value if alpha is None else alpha
-            parts.append(Part(value, float(_of(alphas, (name, layer), default)) if fits else 0.0))
-        if any(part.rank for part in parts):
-            chosen[name] = tuple(parts)
-    _check_hits(hits, kernels)
+    leaves = names_of(params).items()
+    kernels = {name: tuple(leaf.shape) for name, leaf in leaves if name.rpartition("/")[2] == "kernel"}
+    names = {name: layers_of(name, shape) for name, shape in kernels.items()}
+    _check_targets(targets, names)
+    chosen = {}
+    for name, layers in names.items():
+        found = tuple(_layer(targets, (name, layer), (rank, ranks), (alpha, alphas)) for layer in layers)
+        if any(layer.rank for layer in found):
+            chosen[name] = found
     keys = jax.random.split(key, len(chosen))
     given = zip(keys, chosen.items(), strict=True)
-    pairs = {name: _fresh(k, stacked(name), kernels[name], parts) for k, (name, parts) in given}
+    pairs = {name: _fresh(k, stacked(name), kernels[name], layers) for k, (name, layers) in given}
     return Adapter(pairs, tuple(chosen.items()), use_rslora)
 
 
-def _is_kernel(name):
-    return name.rpartition("/")[2] == "kernel"
-
-
-def _check_hits(hits, kernels):
-    if not hits:
+def _check_targets(targets, names):
+    """Raises `ValueError` for no target, and for one that fits no layer, which is a mistake."""
+    if not targets:
         raise ValueError("lora: no targets; expected regexes over the names of kernels, such as r'to_(q|k|v)/kernel$'")
-    for target, count in hits.items():
-        if not count:
-            some = ", ".join(list(kernels)[:5])
-            hint = nearest(target, kernels)
-            raise ValueError(f"lora: target {target!r} fits no kernel; there are {some}, ...{hint}")
+    for target in targets:
+        if not any(re.search(target, text) for name, layers in names.items() for text in (name, *layers)):
+            known = ", ".join(list(names)[:5])
+            raise ValueError(f"lora: target {target!r} fits no kernel; there are {known}, ...{nearest(target, names)}")
 
 
-def _of(values, names, default):
-    fits = (v for regex, v in (values or {}).items() if any(re.search(regex, name) for name in names))
+def _layer(targets, names, ranks, alphas):
+    """Rank and alpha of the layer with these names; `ranks` and `alphas` are `(default, {regex: value})`."""
+    if not any(re.search(target, name) for target in targets for name in names):
+        return Layer(0, 0.0)
+    rank = _first(ranks[1], names, ranks[0])
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"lora: {names[-1]}: rank={rank!r}: expected a whole number above zero")
+    return Layer(rank, float(_first(alphas[1], names, rank if alphas[0] is None else alphas[0])))
+
+
+def _first(values, names, default):
+    fits = (value for regex, value in (values or {}).items() if any(re.search(regex, name) for name in names))
     return next(fits, default)
 
 
-def _fresh(key, stacked, shape, parts):
+def _fresh(key, stacked, shape, layers):
     stack, inner = (shape[:1], shape[1:]) if stacked else ((), shape)
-    most = max(part.rank for part in parts)
+    most = max(layer.rank for layer in layers)
     bound = 1 / math.sqrt(math.prod(inner[:-1]))
     a = jax.random.uniform(key, (*stack, *inner[:-1], most), jnp.float32, -bound, bound)
-    kept = np.arange(most) < np.array([part.rank for part in parts])[:, None]
+    kept = np.arange(most) < np.array([layer.rank for layer in layers])[:, None]
     kept = kept.reshape(*stack, *(1,) * (len(inner) - 1), most)
     return Pair(jnp.where(kept, a, 0.0), jnp.zeros((*stack, most, inner[-1]), jnp.float32))
 
 
 def change(adapter: Adapter, name: str) -> jax.Array:
     """What the adapter adds to the kernel `name`, of the kernel's shape; float32 or wider."""
-    pair, parts = adapter.pairs[name], dict(adapter.parts)[name]
+    pair, layers = adapter.pairs[name], dict(adapter.layers)[name]
     a, b = (widen(leaf) for leaf in pair)
-    factors = np.array([_factor(part, adapter.use_rslora) for part in parts])
+    factors = np.array([_factor(layer, adapter.use_rslora) for layer in layers])
     factors = factors[:, None, None] if stacked(name) else factors[0]
     b = b * jnp.asarray(factors, b.dtype)
     # Between the layers and the rank: the window of a convolution.
@@ -178,8 +172,8 @@ def change(adapter: Adapter, name: str) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _factor(part, use_rslora):
-    return part.alpha / (math.sqrt(part.rank) if use_rslora else part.rank) if part.rank else 0.0
+def _factor(layer, use_rslora):
+    return layer.alpha / (math.sqrt(layer.rank) if use_rslora else layer.rank) if layer.rank else 0.0
 
 
 def apply(params: dict, adapters: Iterable[tuple[Adapter, float | jax.Array]]) -> dict:

@@ -13,7 +13,7 @@ from networks import clip, flux, mmdit, unet_cond
 from networks.unet_chain import HINT, SHARED, drawn
 
 from diffjax.adapters import controlnet, ip_adapter, lora, textual_inversion
-from diffjax.models import from_config
+from diffjax.models import MODELS, from_config
 from diffjax.nn.functional import names_of
 
 FAMILIES = (unet_cond, mmdit, flux, clip)
@@ -25,14 +25,26 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KEYS)
-def test_lora_without_b_and_lora_without_weight(name):
+NATIVE = dict(
+    mlp=dict(width=8, depth=2), unet=dict(width=8, mults=(1,), attention=(4,), head_width=4, groups=2),
+    dit=dict(width=8, depth=2, heads=2),
+)  # fmt: skip
+
+
+def network(name):
+    if name in NATIVE:
+        return MODELS[name](shape=(4, 4, 1), **NATIVE[name])
     case = CASES[name]
     named = {"architectures": [case.kind]} if case.kind.startswith("CLIP") else {"_class_name": case.kind}
-    shapes = jax.eval_shape(from_config({**named, **case.config}).init, jax.random.key(0))
+    return from_config({**named, **case.config})
+
+
+@pytest.mark.parametrize("name", [*KEYS, *NATIVE])
+def test_lora_without_b_and_lora_without_weight(name):
+    shapes = jax.eval_shape(network(name).init, jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: np.float32(rng.standard_normal(a.shape)), shapes)
-    fresh = lora.init(jax.random.key(0), params, [KEYS[name]], rank=2)
+    fresh = lora.init(jax.random.key(0), params, [KEYS.get(name, "kernel$")], rank=2)
     learnt = jax.tree.map(lambda a: a + 1, fresh)
     assert len(fresh.pairs) >= 3
     for given in ([(fresh, 1.0)], [(learnt, 0.0)], [(fresh, -2.0), (learnt, jnp.float32(0))]):

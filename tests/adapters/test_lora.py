@@ -70,7 +70,7 @@ def test_live_adapter_is_that_of_peft(folder, model, params, output, tmp_path):
     np.testing.assert_allclose(output(params, [(adapter, 1.0)]), np.load(folder / "out.npy"), **TOLERANCE)
     save_lora(adapter, model, tmp_path)
     again = load_lora(tmp_path, model)
-    assert again.parts == adapter.parts
+    assert again.layers == adapter.layers
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
 
@@ -98,7 +98,7 @@ def test_gradients_reach_the_adapter_as_in_pytorch(model, params, run):
     theirs = {name: tensor.part() for name, tensor in read_header(GOLDEN / "gradients.safetensors")[0].items()}
     seen = set()
     for module, target in targets_of(model).items():
-        part = dict(adapter.parts).get(target.parameter, {target.layer: None})[target.layer]
+        part = dict(adapter.layers).get(target.parameter, {target.layer: None})[target.layer]
         if not part:
             continue
         for slot, factor in zip("AB", ours.pairs[target.parameter], strict=True):
@@ -119,7 +119,7 @@ def test_what_is_saved_is_what_was_read(name, model, tmp_path):
     adapter = load_lora(GOLDEN / FILES[name], model)
     save_lora(adapter, model, tmp_path / "a.safetensors")
     again = load_lora(tmp_path / "a.safetensors", model)
-    assert again.parts == adapter.parts and again.use_rslora == adapter.use_rslora
+    assert again.layers == adapter.layers and again.use_rslora == adapter.use_rslora
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
 
@@ -145,11 +145,11 @@ def test_ranks_and_alphas_by_module(params):
     targets = [r"attn1/to_q/kernel$", r"transformer_blocks/1/attn1/to_k/kernel$", r"^pos_embed/proj/kernel$"]
     settings = dict(ranks={r"blocks/2/.*to_q": 5}, alphas={r"pos_embed": 1.5}, use_rslora=True)
     adapter = lora.init(jax.random.key(0), params, targets, 2, 4.0, **settings)
-    parts = dict(adapter.parts)
+    parts = dict(adapter.layers)
     block = "transformer_blocks/0:3/attn1"
     assert [part.rank for part in parts[f"{block}/to_q/kernel"]] == [2, 2, 5]
     assert [part.rank for part in parts[f"{block}/to_k/kernel"]] == [0, 2, 0]
-    assert parts["pos_embed/proj/kernel"] == (lora.Part(2, 1.5),)
+    assert parts["pos_embed/proj/kernel"] == (lora.Layer(2, 1.5),)
     a, b = adapter.pairs[f"{block}/to_q/kernel"]
     assert a.shape == (3, 16, 5) and b.shape == (3, 5, 16)
     assert not a[:2, :, 2:].any() and a[2].all() and np.abs(a).max() <= 16**-0.5
@@ -164,7 +164,7 @@ def test_stacks_of_the_native_transformer():
     net = dit(shape=(4, 4, 1), width=8, depth=2, heads=2)
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     adapter = lora.init(jax.random.key(0), shapes, [r"blocks/1/attention/qkv/kernel$", "^out/kernel"], 2)
-    assert [part.rank for part in dict(adapter.parts)["blocks/attention/qkv/kernel"]] == [0, 2]
+    assert [part.rank for part in dict(adapter.layers)["blocks/attention/qkv/kernel"]] == [0, 2]
     assert adapter.pairs["blocks/attention/qkv/kernel"].a.shape == (2, 8, 2)
     changed = jax.eval_shape(lambda params: lora.apply(params, [(adapter, 1.0)]), shapes)
     assert jax.tree.map(jnp.shape, changed) == jax.tree.map(jnp.shape, shapes)
@@ -176,8 +176,6 @@ def test_what_is_wrong_with_a_request(params, model):
         lora.init(key, params, [r"to_w/kernel"], 2)
     with pytest.raises(ValueError, match="rank=0"):
         lora.init(key, params, ["kernel"], 0)
-    with pytest.raises(ValueError, match="DoRA"):
-        lora.init(key, params, ["kernel"], 2, use_dora=True)
     with pytest.raises(ValueError, match="no targets"):
         lora.init(key, params, [], 2)
     adapter = lora.init(key, params, ["proj_out_1"], 2)
@@ -210,7 +208,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings(name, model, tmp_path):
     adapter = load_lora(written(tmp_path / "a.safetensors", SPELLINGS[name]), model)
-    assert [*adapter.pairs] == ["proj_out_1/kernel"] and dict(adapter.parts)["proj_out_1/kernel"] == ((2, 2.0),)
+    assert [*adapter.pairs] == ["proj_out_1/kernel"] and dict(adapter.layers)["proj_out_1/kernel"] == ((2, 2.0),)
     np.testing.assert_array_equal(adapter.pairs["proj_out_1/kernel"].a.T, next(iter(SPELLINGS[name].values())))
 
 
@@ -218,7 +216,7 @@ def test_the_oldest_names_of_diffusers(model, tmp_path):
     module = "unet.transformer_blocks.1.attn1.processor"
     tensors = pair(module, "to_out_lora.down", "to_out_lora.up", shape=(16, 16))
     adapter = load_lora(written(tmp_path / "a.safetensors", tensors), model)
-    assert [p.rank for p in dict(adapter.parts)["transformer_blocks/0:3/attn1/to_out/0/kernel"]] == [0, 2, 0]
+    assert [p.rank for p in dict(adapter.layers)["transformer_blocks/0:3/attn1/to_out/0/kernel"]] == [0, 2, 0]
 
 
 @pytest.mark.parametrize("module", ["encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"])
@@ -242,7 +240,7 @@ def test_one_file_for_a_pipeline(model, tmp_path):
     assert lora_components(path) == ("text_encoder", "transformer")
     with pytest.raises(WeightsError, match="adapters of text_encoder, transformer: name one of them"):
         load_lora(path, model)
-    parts = {name: load_lora(path, model, component=name).parts for name in ("unet", "text_encoder")}
+    parts = {name: load_lora(path, model, component=name).layers for name in ("unet", "text_encoder")}
     assert parts["unet"] == (("proj_out_1/kernel", ((2, 8.0),)),)
     assert parts["text_encoder"] == (("proj_out_1/kernel", ((3, 6.0),)),)
     with pytest.raises(WeightsError, match="no adapter of 'text_encoder_2'"):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.adapters.lora import Adapter, Pair, Part, stacked
+from diffjax.adapters.lora import Adapter, Layer, Pair, stacked
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.folder import find, read_json
 from diffjax.convert.weights.layout import AXES, layout
@@ -254,11 +254,11 @@ def _adapter(file, modules, targets, names, config, param_dtype) -> Adapter:
             by_parameter[target.parameter][target.layer] = module
     pairs, parts = {}, []
     for name, chosen in by_parameter.items():
-        factors, ranks = {}, [Part(0, 0.0)] * layers[name]
+        factors, ranks = {}, [Layer(0, 0.0)] * layers[name]
         for layer, module in chosen.items():
             a, b = factors[layer] = _factors(file, module, modules[module], targets[module].shape)
             alpha = _alpha(names[module], b.shape[0], modules[module].get("alpha"), config)
-            ranks[layer] = Part(b.shape[0], alpha)
+            ranks[layer] = Layer(b.shape[0], alpha)
         pairs[name] = _stack(name, factors, layers[name], param_dtype)
         parts.append((name, tuple(ranks)))
     return Adapter(pairs, tuple(parts), bool(config.get("use_rslora")))
@@ -303,10 +303,10 @@ def save_lora(adapter: Adapter, model: Model, path: str | os.PathLike, *, compon
       OSError: disk full, folder read-only.
     """
     path = Path(path)
-    parts, tensors, held = dict(adapter.parts), {}, {}
+    parts, tensors, held = dict(adapter.layers), {}, {}
     prefix = f"{component}." if component else ""
     for module, target in targets_of(model).items():
-        part = parts[target.parameter][target.layer] if target.parameter in parts else Part(0, 0.0)
+        part = parts[target.parameter][target.layer] if target.parameter in parts else Layer(0, 0.0)
         if not part.rank:
             continue
         held[module] = part
@@ -331,7 +331,7 @@ def _tensors(adapter, target, rank) -> Iterator[np.ndarray]:
     yield b[:rank].T.reshape(target.shape[0], rank, *(1,) * (len(target.shape) - 2))
 
 
-def _peft_config(held: Mapping[str, Part], use_rslora: bool) -> dict[str, Any]:
+def _peft_config(held: Mapping[str, Layer], use_rslora: bool) -> dict[str, Any]:
     whole = lambda alpha: int(alpha) if float(alpha).is_integer() else alpha
     ranks = {module: part.rank for module, part in held.items()}
     alphas = {module: whole(part.alpha) for module, part in held.items()}
