@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -13,10 +14,12 @@ from networks.dit import CASES
 
 from diffjax.adapters import lora
 from diffjax.convert import WeightsError
-from diffjax.convert.weights.adapters.lora import METADATA, load_lora, lora_components, save_lora, spellings, targets_of
+from diffjax.convert.weights.adapters.lora import load_lora, lora_components, save_lora
+from diffjax.convert.weights.adapters.lora_config import METADATA, config_of
+from diffjax.convert.weights.adapters.lora_names import Meaning, spellings, targets_of
 from diffjax.convert.weights.layout import layout
 from diffjax.convert.weights.tensors import Source, read_header, write
-from diffjax.models import dit, from_config
+from diffjax.models import MODELS, dit, from_config
 from diffjax.nn.functional import names_of
 
 LIVE = os.environ.get("DIFFJAX_PARITY")
@@ -184,7 +187,7 @@ def test_what_is_wrong_with_a_request(params, model):
 
 
 def written(path, tensors, config=None):
-    sources = {k: Source(v.dtype, v.shape, lambda v=v: v) for k, v in tensors.items()}
+    sources = {k: Source(v.dtype, v.shape, lambda v=v: np.asarray(v)) for k, v in tensors.items()}
     write(path, sources, {} if config is None else {METADATA: json.dumps(config)})
     return path
 
@@ -195,8 +198,10 @@ def pair(module, down="lora_A", up="lora_B", rank=2, shape=(16, 32)):
     return {f"{module}.{down}.weight": np.float32(a), f"{module}.{up}.weight": np.float32(b)}
 
 
+PEFT = pair("base_model.model.proj_out_1")
+TYPED = {"lora_alpha": 2}
 SPELLINGS = {
-    "peft": pair("base_model.model.proj_out_1"),
+    "peft": PEFT,
     "adapter": pair("proj_out_1", "lora_A.default", "lora_B.default"),
     "pipeline": pair("transformer.proj_out_1"),
     "older": pair("unet.proj_out_1", "lora.down", "lora.up"),
@@ -207,7 +212,8 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings(name, model, tmp_path):
-    adapter = load_lora(written(tmp_path / "a.safetensors", SPELLINGS[name]), model)
+    config = TYPED if name == "peft" else None
+    adapter = load_lora(written(tmp_path / "a.safetensors", SPELLINGS[name], config), model)
     assert [*adapter.pairs] == ["proj_out_1/kernel"] and dict(adapter.layers)["proj_out_1/kernel"] == ((2, 2.0),)
     np.testing.assert_array_equal(adapter.pairs["proj_out_1/kernel"].a.T, next(iter(SPELLINGS[name].values())))
 
@@ -223,19 +229,24 @@ def test_the_oldest_names_of_diffusers(model, tmp_path):
 def test_text_encoders_with_and_without_their_inner_prefix(module):
     names = spellings({module: None}, {})
     for name in ("text_model_encoder_layers_0_mlp_fc1", "text_model.encoder.layers.0.mlp.fc1"):
-        assert names[name] == {module}
-    assert names["encoder.layers.0.mlp.fc1"] == {module}
+        assert names[name] == {Meaning((module,))}
+    assert names["encoder.layers.0.mlp.fc1"] == {Meaning((module,))}
 
 
 def test_names_of_sdxl_in_kohyas_scripts():
-    names = spellings({"down_blocks.1.attentions.0.proj_in": None, "proj_in": None}, {"layers_per_block": 2})
-    assert names["input_blocks_4_1_proj_in"] == {"down_blocks.1.attentions.0.proj_in"}
-    assert names["proj_in"] == {"proj_in"}
+    modules = ("down_blocks.1.attentions.0.proj_in", "proj_in", "up_blocks.0.upsamplers.0.conv")
+    xl, sd = (["CrossAttnUpBlock2D", "UpBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"])
+    for kinds, upsampler in ((xl, "output_blocks_2_2_conv"), (sd, "output_blocks_2_1_conv")):
+        config = {"_class_name": "UNet2DConditionModel", "layers_per_block": 2, "up_block_types": kinds}
+        names = spellings(dict.fromkeys(modules), config)
+        assert names["input_blocks_4_1_proj_in"] == {Meaning(modules[:1])}
+        assert names["proj_in"] == {Meaning(("proj_in",))} and names[upsampler] == {Meaning(modules[2:])}
 
 
 def test_one_file_for_a_pipeline(model, tmp_path):
     tensors = pair("transformer.proj_out_1") | pair("text_encoder.proj_out_1", rank=3)
-    config = {"transformer.lora_alpha": 8, "text_encoder.lora_alpha": 9, "text_encoder.alpha_pattern": {"proj.*": 6}}
+    config = {"transformer.lora_alpha": 8, "text_encoder.lora_alpha": 9}
+    config["text_encoder.alpha_pattern"] = {"proj_out_1": 6}
     path = written(tmp_path / "a.safetensors", tensors, config)
     assert lora_components(path) == ("text_encoder", "transformer")
     with pytest.raises(WeightsError, match="adapters of text_encoder, transformer: name one of them"):
@@ -247,6 +258,42 @@ def test_one_file_for_a_pipeline(model, tmp_path):
         load_lora(path, model, component="text_encoder_2")
 
 
+def test_the_config_of_the_only_part_is_that_of_tensors_without_a_prefix(model, tmp_path):
+    config = {"transformer.r": 2, "transformer.lora_alpha": 8}
+    for module in ("proj_out_1", "unet.proj_out_1"):
+        adapter = load_lora(written(tmp_path / "a.safetensors", pair(module), config), model)
+        assert adapter.layers == (("proj_out_1/kernel", ((2, 8.0),)),)
+
+
+@pytest.mark.parametrize("pattern, alpha", [("proj_out_1", 5), ("^proj_out_1$", 5), (r"out\.1", 8), ("out_1", 8)])
+def test_patterns_are_names_or_their_ends(pattern, alpha, model, tmp_path):
+    config = {"lora_alpha": 8, "alpha_pattern": {pattern: 5, "proj_out_1": alpha}}
+    adapter = load_lora(written(tmp_path / "a.safetensors", PEFT, config), model)
+    assert adapter.layers == (("proj_out_1/kernel", ((2, float(alpha)),)),)
+
+
+def test_peft_finds_the_same_alphas():
+    patterns = {"^blocks.1.to_q": 1, "to_k": 2, r"^blocks\.2\.to_q$": 3, "1.to_v": 4, "2.to_k": 5, "q": 6}
+    found = config_of(Path("a"), {"lora_alpha": 7, "alpha_pattern": patterns}, None)
+    for module in (f"{start}blocks.{i}.to_{x}" for start in ("", "a.") for i in (1, 2, 11) for x in "qkv"):
+        # peft.utils.other.get_pattern_key
+        keys = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
+        assert found.alpha_of(module) == patterns.get(next(keys, ""), 7), module
+
+
+@pytest.mark.parametrize("name", ["mlp", "dit"])
+def test_native_networks(name, tmp_path):
+    settings = dict(dit=dict(heads=2), mlp={})[name]
+    net = MODELS[name](shape=(4, 4, 1), width=8, depth=2, **settings)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    adapter = lora.init(jax.random.key(0), shapes, ["blocks/.*kernel$"], 2, 3)
+    adapter = jax.tree.map(lambda a: a + 1, adapter)
+    save_lora(adapter, net, tmp_path)
+    again = load_lora(tmp_path, net)
+    assert again.layers == adapter.layers
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
 WRONG = [
     (pair("proj_out_1") | pair("proj_out_9"), None, "2 tensors are of no module of this network: proj_out_9.lora_A"),
     (pair("proj_out_1") | {"x.bias": np.zeros(2)}, None, "1 tensors are of no module of this network: x.bias"),
@@ -256,6 +303,22 @@ WRONG = [
     (pair("a") | {"proj_out_1.lora_magnitude_vector": np.zeros(2)}, None, "is DoRA, which is not supported"),
     ({"lora_unet_proj_out_1.hada_w1_a": np.zeros(2)}, None, "is LoHa"),
     ({"lora_unet_proj_out_1.lokr_w1": np.zeros(2)}, None, "is LoKr"),
+    (PEFT, None, "names are those of peft, which has alpha in adapter_config.json"),
+    (pair("proj_out_1"), {"r": 2}, "its config has no lora_alpha"),
+    (pair("text_encoder.proj_out_1"), {"unet.lora_alpha": 2}, "for unet, and its tensors are of text_encoder"),
+    (pair("proj_out_1"), {"unet.r": 2, "prior.r": 2}, "for unet, prior, and its .* a part that they do not name"),
+    (PEFT, TYPED | {"use_rslora": "false"}, "use_rslora='false' is not supported; supported: False, True"),
+    (PEFT, TYPED | {"r": True}, "r=True: expected a whole number"),
+    (PEFT, {"lora_alpha": "8"}, "lora_alpha='8': expected a number"),
+    (PEFT, {"lora_alpha": [1] * 9999}, r"lora_alpha=\[1, 1.*\.\.\.\]: expected a number"),
+    (PEFT, TYPED | {"alpha_pattern": {"(a+)+$": 1}}, r"alpha_pattern has '\(a\+\)\+\$'; expected names of modules"),
+    (PEFT, TYPED | {"rank_pattern": {"[": 1}}, r"rank_pattern has '\['; expected names"),
+    (PEFT, TYPED | {"alpha_pattern": {"a": "b"}}, r"alpha_pattern\['a'\]='b': expected a number"),
+    (PEFT, TYPED | {"alpha_pattern": [1]}, r"alpha_pattern=\[1\]: expected a map"),
+    (PEFT | {"proj_out_1.alpha": np.ones(2)}, TYPED, r"alpha of shape \[2\]: expected one finite number"),
+    (PEFT | {"proj_out_1.alpha": np.float32("nan")}, TYPED, r"alpha of shape \[\]: expected one finite number"),
+    ({k: v.astype(np.int32) for k, v in PEFT.items()}, TYPED, "factors of int32 and int32; expected floating point"),
+    ({f"x{i}": np.zeros(1) for i in range(999)}, None, "999 tensors are of no module .*: x0.* and 994 more$"),
     (pair("proj_out_1"), {"use_dora": True}, "use_dora=True is not supported"),
     (pair("proj_out_1"), {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
     (pair("proj_out_1"), {"peft_type": "LOKR"}, "peft_type='LOKR' is not supported"),
@@ -266,3 +329,20 @@ WRONG = [
 def test_what_is_wrong_with_a_file(tensors, config, message, model, tmp_path):
     with pytest.raises(WeightsError, match=message):
         load_lora(written(tmp_path / "a.safetensors", tensors, config), model)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bf16"])
+def test_factors_are_of_floating_point(dtype, model):
+    with pytest.raises(ValueError, match="param_dtype='.*': expected a type of floating point"):
+        load_lora(GOLDEN / "peft", model, param_dtype=dtype)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load_lora(GOLDEN / "peft", model, param_dtype="float16"))} == {
+        "float16"
+    }
+
+
+def test_metadata_is_read_strictly(model, tmp_path):
+    for text, message in (('{"r": 1, "r": 2}', "the name 'r' twice"), ("[" * 999, "nested"), ("[]", "no JSON object")):
+        path = tmp_path / "a.safetensors"
+        write(path, {k: Source(v.dtype, v.shape, lambda v=v: v) for k, v in PEFT.items()}, {METADATA: text})
+        with pytest.raises(WeightsError, match=message):
+            load_lora(path, model)

@@ -1,4 +1,4 @@
-"""Names of SDXL's modules in the code that kohya's scripts are built on."""
+"""Names of SDXL's modules in the code of its authors, which kohya's scripts are built on."""
 
 import pytest
 
@@ -20,4 +20,10 @@ NAMES = {
 
 @pytest.mark.parametrize("module", NAMES)
 def test_sgm_name(module):
-    assert sgm_name(module, 2) == NAMES[module]
+    assert sgm_name(module, 2, (True, True, False)) == NAMES[module]
+
+
+def test_an_upsampler_follows_the_attention_that_there_is():
+    # Stable Diffusion 1 and 2, whose coarsest level has none.
+    assert sgm_name("up_blocks.0.upsamplers.0.conv", 2, (False, True, True, True)) == "output_blocks.2.1.conv"
+    assert sgm_name("up_blocks.1.upsamplers.0.conv", 2, (False, True, True, True)) == "output_blocks.5.2.conv"

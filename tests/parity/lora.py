@@ -10,12 +10,13 @@ The network's weights are drawn from their names (`networks.weight`). Needs torc
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import networks
 import numpy as np
 import torch
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders import FluxLoraLoaderMixin, PeftAdapterMixin
 from networks.dit import CASES, theirs
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from record import build, tensors_in
@@ -59,6 +60,15 @@ def with_diffusers(module, name="default", **settings):
     return fill(module)
 
 
+# Modules of FLUX.1 by the names of its authors, at the sizes that diffusers expects: rows and columns.
+FLUX = {
+    "double_blocks_0_img_attn_qkv": (9216, 3072), "double_blocks_0_txt_attn_qkv": (9216, 3072),
+    "double_blocks_0_img_attn_proj": (3072, 3072), "double_blocks_0_txt_mlp_0": (12288, 3072),
+    "double_blocks_0_img_mod_lin": (18432, 3072), "single_blocks_0_linear1": (21504, 3072),
+    "single_blocks_0_linear2": (3072, 15360), "single_blocks_0_modulation_lin": (9216, 3072), "img_in": (3072, 64),
+    "vector_in_in_layer": (3072, 768), "final_layer_adaLN_modulation_1": (6144, 3072),
+    "final_layer_linear": (64, 3072),
+}  # fmt: skip
 ONE = dict(
     r=2, lora_alpha=3, target_modules=["to_q", "to_v", "proj", "linear_1"],
     rank_pattern={"transformer_blocks.1.attn1.to_q": 4}, alpha_pattern={"pos_embed.proj": 1, "2.attn1.to_v": 5},
@@ -113,6 +123,7 @@ def main() -> None:
     arrays["out/fused"] = run(both, inputs)
 
     kohya(out / "kohya.safetensors", arrays, inputs)
+    (out / "lora_flux.json").write_text(json.dumps(flux()) + "\n")
     np.savez_compressed(out / "lora.npz", **{k: np.asarray(v) for k, v in arrays.items()})
 
 
@@ -162,6 +173,27 @@ def kohya(path, arrays, inputs):
         part.register_forward_hook(add)
     arrays["out/kohya"] = run(module, inputs)
     save_file(tensors, path)
+
+
+def flux():
+    """The tensors of a file of kohya's scripts for FLUX.1, and `u B A v` of each pair that diffusers makes of it."""
+    tensors, shapes = {}, {}
+    for name, (rows, columns) in FLUX.items():
+        key = f"lora_unet_{name}"
+        shapes |= {f"{key}.lora_down.weight": (2, columns), f"{key}.lora_up.weight": (rows, 2)}
+        # diffusers leaves out the alpha of these two.
+        shapes |= {} if name.startswith("final_layer") else {f"{key}.alpha": ()}
+    for key, shape in shapes.items():
+        tensors[key] = torch.from_numpy(networks.weight(key, shape)) if shape else torch.tensor(3.0)
+    made = FluxLoraLoaderMixin.lora_state_dict(dict(tensors))
+    changes = {}
+    for key in [key for key in made if key.endswith(".lora_A.weight")]:
+        name = key.removesuffix(".lora_A.weight")
+        a, b = made[key].double(), made[f"{name}.lora_B.weight"].double()
+        module = name.removeprefix("transformer.")
+        u, v = (networks.draw(module, side, ("normal", (n,))) for side, n in (("u", len(b)), ("v", a.shape[1])))
+        changes[module] = float(np.float64(u) @ b.numpy() @ (a.numpy() @ np.float64(v)))
+    return {"shapes": shapes, "changes": changes}
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ KINDS = {"resnets": 0, "attentions": 1}
 BLOCK = re.compile(r"(down_blocks\.(\d+)|mid_block|up_blocks\.(\d+))\.(\w+)\.(\d+)\.(.+)")
 
 
-def sgm_name(module: str, layers_per_block: int, attended: Sequence[bool] = ()) -> str | None:
+def sgm_name(module: str, layers_per_block: int, attended: Sequence[bool]) -> str | None:
     """The name there of a module such as "down_blocks.1.attentions.0.proj_in"; None for one that has none.
 
     Blocks are numbered through there: the first convolution, then the layers of each block, then its change of
     resolution. An upsampler follows the attention of its layer.
 
     Args:
-      attended: of each of `up_blocks`, whether it has attention; without it, those with an upsampler have, as SDXL's.
+      attended: of each of `up_blocks`, whether it has attention.
     """
     if module in ENDS:
         return ENDS[module]
@@ -44,7 +44,7 @@ def sgm_name(module: str, layers_per_block: int, attended: Sequence[bool] = ()) 
     elif up is not None:
         first = int(up) * (layers_per_block + 1)
         if kind == "upsamplers" and rest == "conv":
-            number = 2 if not attended or attended[int(up)] else 1
+            number = 2 if attended[int(up)] else 1
             return f"output_blocks.{first + layers_per_block}.{number}.conv"
         place = f"output_blocks.{first + layer}"
     else:

@@ -1,0 +1,128 @@
+"""The config of a LoRA, as peft writes it beside a file or diffusers into its metadata."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffjax.convert.weights.adapters.lora_names import COMPONENTS, group
+from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.folder import read_json
+from diffjax.convert.weights.strict import parse, shown
+from diffjax.convert.weights.tensors import read_header
+
+METADATA = "lora_adapter_metadata"
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+# What else changes the result, and the values that do not.
+PLAIN = {
+    "peft_type": ("LORA",), "use_dora": (False,), "lora_bias": (False,), "bias": ("none",), "use_qalora": (False,),
+    "alora_invocation_tokens": (None,), "layer_replication": (None,), "modules_to_save": (None, []),
+    "target_parameters": (None, []), "trainable_token_indices": (None, []), "arrow_config": (None,),
+    "kasa_config": (None,), "monteclora_config": (None,), "velora_config": (None,), "use_bdlora": (None, False),
+    # Others (PiSSA, OLoRA, CorDA, LoftQ, ...) start from changed weights of the network itself.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"), "use_rslora": (False, True),
+}  # fmt: skip
+# peft takes any regex for the end of a module's name; those that it and diffusers write are names.
+PATTERN = re.compile(r"(\^?)((?:\w|\.|\\\.)+)\$?")
+
+
+class Config(NamedTuple):
+    """What a config says of the factors.
+
+    Attributes:
+      alpha: of all modules; None without a config.
+      alphas: those of some, by `(whether it is the module's whole name, the end of its name)`, behind their number:
+        the first counts.
+      use_rslora: see `diffjax.adapters.lora.Adapter`.
+    """
+
+    alpha: float | None
+    alphas: Mapping[tuple[bool, str], tuple[int, float]]
+    use_rslora: bool
+
+    def alpha_of(self, module: str) -> float | None:
+        """That of a module, by its name in the file; None if nothing is said of it."""
+        parts = module.split(".")
+        ends = [(True, module), *((False, ".".join(parts[i:])) for i in range(len(parts)))]
+        return min((self.alphas[end] for end in ends if end in self.alphas), default=(0, self.alpha))[1]
+
+
+def opened(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of tensors, and the settings beside it or in its metadata."""
+    if path.is_dir():
+        here = [path / name for name in FILES if (path / name).is_file()]
+        if not here:
+            raise WeightsError(f"{path}: no adapter; looked for {' and '.join(FILES)}")
+        path = here[0]
+    settings: Any = {}
+    if path.name == FILES[1] and (path.parent / "adapter_config.json").is_file():
+        settings = read_json(path.parent / "adapter_config.json")
+    elif path.suffix == ".safetensors" and (text := read_header(path)[1].get(METADATA)) is not None:
+        try:
+            settings = parse(text.encode())
+        except ValueError as error:
+            raise WeightsError(f"{path}: its {METADATA} is no JSON: {str(error)[:200]}") from None
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{path}: its {METADATA} is no JSON object")
+    return path, settings
+
+
+def config_of(file: Path, settings: Mapping[str, Any], component: str | None) -> Config:
+    """The config of one part of the pipeline.
+
+    Raises:
+      WeightsError: for what is not plain LoRA, or not of its type; settings for other parts alone.
+    """
+    settings = _own(file, settings, component)
+    if not settings:
+        return Config(None, {}, False)
+    for name, plain in PLAIN.items():
+        value = settings.get(name, plain[0])
+        if not any(type(value) is type(v) and value == v for v in plain):
+            told = f"{name}={shown(value)} is not supported; supported: {', '.join(map(repr, plain))}"
+            raise WeightsError(f"{file}: {told}")
+    if type(rank := settings.get("r", 1)) is not int or rank < 1:
+        raise WeightsError(f"{file}: r={shown(rank)}: expected a whole number above zero")
+    if "lora_alpha" not in settings:
+        raise WeightsError(f"{file}: its config has no lora_alpha, without which the size of the change is not known")
+    alpha = _number(file, "lora_alpha", settings["lora_alpha"])
+    _patterns(file, "rank_pattern", settings.get("rank_pattern"))  # ranks are those of the tensors
+    alphas = _patterns(file, "alpha_pattern", settings.get("alpha_pattern"))
+    return Config(alpha, alphas, settings.get("use_rslora", False))
+
+
+def _own(file, settings, component):
+    """The settings without the prefix of the component, where they have one."""
+    prefixes = [prefix for prefix in COMPONENTS if prefix.endswith(".")]
+    found = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in settings)]
+    fits = [prefix for prefix in found if component is None or group(COMPONENTS[prefix]) == group(component)]
+    fits = [prefix for prefix in fits if COMPONENTS[prefix] == component] or fits
+    if not found:
+        return settings
+    if len(fits) != 1:
+        told = f"its config is for {', '.join(prefix.rstrip('.') for prefix in found)}"
+        raise WeightsError(f"{file}: {told}, and its tensors are of {component or 'a part that they do not name'}")
+    return {name.removeprefix(fits[0]): value for name, value in settings.items() if name.startswith(fits[0])}
+
+
+def _number(file, name, value):
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise WeightsError(f"{file}: {name}={shown(value)}: expected a number")
+    return float(value)
+
+
+def _patterns(file, name, values):
+    if not isinstance(values, dict | None):
+        raise WeightsError(f"{file}: {name}={shown(values)}: expected a map from modules to numbers")
+    out: dict[tuple[bool, str], tuple[int, float]] = {}
+    for i, (pattern, value) in enumerate((values or {}).items()):
+        match = PATTERN.fullmatch(pattern)
+        if match is None:
+            told = "expected names of modules, such as '^transformer_blocks.0.attn1.to_q'"
+            raise WeightsError(f"{file}: {name} has {shown(pattern)}; {told}")
+        key = bool(match[1]), match[2].replace("\\.", ".")
+        out.setdefault(key, (i, _number(file, f"{name}[{shown(pattern)}]", value)))
+    return out
