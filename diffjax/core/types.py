@@ -136,6 +136,7 @@ class Model(NamedTuple):
       config: the settings it was built from, a plain dict.
       rules: sharding rules, `[(regex over "a/b/c" parameter paths, axis names), ...]`; first match wins.
       activations: the same over the names of activations (`diffjax.nn.tap`); "batch" stands for the axes that split it.
+      fixed: names of parameters that are constants of a checkpoint: no gradient reaches them, no optimiser moves them.
     """
 
     init: Callable[[jax.Array], dict]
@@ -143,6 +144,7 @@ class Model(NamedTuple):
     config: dict
     rules: tuple = ()
     activations: tuple = ()
+    fixed: tuple[str, ...] = ()
 
 
 def namespace(*arrays):

@@ -68,7 +68,7 @@ def checkpoint(
             y = none if y is None or not num_classes else jnp.where(y == num_classes, none, y)
         return net.apply(params, x, time_scale * t, None if null is None else y, key=key, method=method)
 
-    return Model(net.init, apply, config=config | {"network": given}, rules=net.rules, activations=net.activations)
+    return net._replace(apply=apply, config=config | {"network": given})
 
 
 def _given(network: Mapping[str, Any], facts: dict[str, Any], num_classes: int) -> dict[str, Any]:

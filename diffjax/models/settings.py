@@ -89,7 +89,7 @@ def model(
     """The `Model` of the module that `make(compute=, rngs=)` builds; its config names the class, as the file does."""
     module = functional(lambda rngs: make(compute=how.compute, rngs=rngs), how.param_dtype)
     config = dict(config) if "architectures" in config else {"_class_name": kind, **config}
-    return Model(module.init, module.apply, config=config, rules=rules, activations=activations)
+    return Model(module.init, module.apply, config, rules, activations, module.fixed)
 
 
 def expect(kind: str, name: str, array: jax.Array, *shape: int | None) -> None:

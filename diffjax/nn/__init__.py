@@ -4,7 +4,7 @@ from diffjax.nn.adaln import DiTBlock, MLPBlock, modulation
 from diffjax.nn.attention import IMPLEMENTATIONS, PixelAttention, SelfAttention, attend
 from diffjax.nn.conv import Conv, ResBlock, double, halve
 from diffjax.nn.embed import TIME_EMBEDS, Condition, fourier, sincos_2d, sinusoidal, timestep_waves
-from diffjax.nn.functional import Functional, functional, numbered, rngs_of
+from diffjax.nn.functional import Fixed, Functional, functional, numbered, rngs_of
 from diffjax.nn.keys import fold_key, split_key
 from diffjax.nn.linear import ACTIVATIONS, Linear
 from diffjax.nn.norm import (
@@ -33,6 +33,7 @@ __all__ = [
     "Condition",
     "Conv",
     "DiTBlock",
+    "Fixed",
     "Functional",
     "GroupNorm",
     "LayerNorm",

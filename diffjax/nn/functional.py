@@ -14,19 +14,28 @@ from flax import nnx
 from jax.tree_util import tree_flatten_with_path
 
 
+class Fixed(nnx.Param):
+    """A parameter that checkpoints carry and nobody trains, such as a table of positions: PyTorch calls it a buffer.
+
+    It is used under `jax.lax.stop_gradient`; optimisers leave it as it is (`diffjax.core.types.Model.fixed`).
+    """
+
+
 class Functional(NamedTuple):
     """A module without its state.
 
     Attributes:
-      init: `(key) -> params`, a nested dict of float32 arrays with string keys; jittable.
+      init: `(key) -> params`, a nested dict of arrays with string keys, of the types in `shapes`; jittable.
       apply: `(params, *inputs, method=None, **settings) -> out`; `method` names another method of the module. Raises
         `ValueError` if the names or the shapes of `params` are not those of the module.
       shapes: the tree of `params` as `jax.ShapeDtypeStruct`.
+      fixed: the names of those that are `Fixed`.
     """
 
     init: Callable[[jax.Array], dict]
     apply: Callable[..., Any]
     shapes: dict
+    fixed: tuple[str, ...] = ()
 
 
 class Stream(nnx.RngStream):
@@ -63,9 +72,9 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: Any = None) 
         be frozen into the functions.
     """
 
-    def cast(leaf):
+    def type_of(leaf):
         floating = param_dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(param_dtype) if floating else leaf
+        return param_dtype if floating else leaf.dtype
 
     abstract = nnx.eval_shape(lambda: make(rngs_of(jax.random.key(0))))
     graph, abstract_params, rest = nnx.split(abstract, nnx.Param, ...)
@@ -75,22 +84,25 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: Any = None) 
             f"module {type(abstract).__name__} holds state besides nnx.Param: {hidden}; "
             "pass keys and statistics as arguments of its call instead"
         )
-    shapes = nnx.to_pure_dict(abstract_params)
+    pure = nnx.to_pure_dict(abstract_params)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, type_of(leaf)), pure)
+    fixed = tuple(name for name, leaf in names_of(abstract_params, nnx.Variable).items() if isinstance(leaf, Fixed))
 
     def init(key: jax.Array) -> dict:
-        return jax.tree.map(cast, nnx.to_pure_dict(nnx.split(make(rngs_of(key)), nnx.Param, ...)[1]))
+        params = nnx.to_pure_dict(nnx.split(make(rngs_of(key)), nnx.Param, ...)[1])
+        return jax.tree.map(lambda leaf: leaf.astype(type_of(leaf)), params)
 
     def apply(params: dict, *inputs, method: str | None = None, **settings):
         check_params(params, shapes)
         module = nnx.merge(graph, params, rest)
         return (getattr(module, method) if method else module)(*inputs, **settings)
 
-    return Functional(init, apply, shapes)
+    return Functional(init, apply, shapes, fixed)
 
 
-def names_of(tree) -> dict[str, Any]:
-    """`{"a/b/c": leaf}` of a nested dict."""
-    leaves, _ = tree_flatten_with_path(tree)
+def names_of(tree, leaf: type | None = None) -> dict[str, Any]:
+    """`{"a/b/c": leaf}` of a nested dict; instances of `leaf` are not looked into."""
+    leaves, _ = tree_flatten_with_path(tree, is_leaf=leaf and (lambda node: isinstance(node, leaf)))
     return {"/".join(str(getattr(part, "key", part)) for part in path): leaf for path, leaf in leaves}
 
 

@@ -118,7 +118,7 @@ def assemble(config: ConfigDict, dataset: Any = None) -> Parts:
         model = network(dict(config.model))
     with naming("config.optim"):
         model, base = optim.with_base(model, config.optim.mup, dict(config.model), network)
-        optimizer = optim.build_optimizer(config.optim, config.num_steps, base=base)
+        optimizer = optim.build_optimizer(config.optim, config.num_steps, base=base, fixed=model.fixed)
         lr = optim.build_lr(config.optim, config.num_steps)
     _check_model(config, model, dataset, optimizer)
     if config.tensorboard:

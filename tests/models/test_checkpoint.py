@@ -3,13 +3,17 @@
 import io
 import json
 
+import drawn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
 from diffjax.convert import load, save
 from diffjax.models import checkpoint, from_config
+from diffjax.nn.functional import names_of
 from diffjax.pipelines.folders import convert
 from diffjax.train import loop
 from diffjax.train.errors import ConfigError
@@ -57,6 +61,26 @@ def test_its_settings_are_told():
     told = checkpoint(shape=(8, 8, 1), network=DIT, **how).config
     assert {name: told[name] for name in how} == how
     assert (told["network"]["in_channels"], told["network"]["out_channels"]) == (2, 3)
+
+
+def test_constants_of_a_checkpoint_do_not_decay():
+    """The frequencies of NCSN++ have no gradient, and a decay of all weights would shrink them."""
+    optim = dict(name="adamw", lr=0.1, weight_decay=0.1)
+    parts = prepare(config(UNET | {"time_embedding_type": "fourier"}, optim=optim))[1]
+    shapes = drawn.shapes_of(parts.model)
+    some = {name: shapes[name] for name in ("time_proj", "conv_in")}
+    params = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), some)
+
+    @jax.jit
+    def moved(params):
+        still = jax.tree.map(jnp.zeros_like, params)
+        return optax.apply_updates(params, parts.optimizer.update(still, parts.optimizer.init(params), params)[0])
+
+    leaves = names_of(moved(params))
+    assert parts.model.fixed == ("time_proj/weight",)
+    np.testing.assert_array_equal(leaves.pop("time_proj/weight"), 1)
+    for name, leaf in leaves.items():
+        np.testing.assert_allclose(leaf, 0.99, rtol=1e-6, err_msg=name)
 
 
 def test_a_published_network_is_tuned_and_written_back(tmp_path):

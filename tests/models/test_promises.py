@@ -63,6 +63,14 @@ def test_scan_and_remat_are_heard(kind):
     assert again and scanned == (kind == "FluxControlNetModel")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["EDM2UNet", "SD3Transformer2DModel", "StableDiffusionSafetyChecker"])
+def test_no_gradient_reaches_what_is_fixed(kind):
+    fixed = from_config(drawn.small(kind).config).fixed
+    grads = run(kind)[1]
+    assert fixed and not any(grads["".join(f"['{part}']" for part in name.split("/"))].any() for name in fixed)
+
+
 @pytest.mark.often("DiTTransformer2DModel")
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_scanned_and_unrolled_layers_are_the_same(kind):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffjax.nn import functional, rngs_of
+from diffjax.nn import Fixed, functional, rngs_of
 
 
 class Net(nnx.Module):
@@ -52,6 +52,19 @@ def test_insertion_order_of_the_dict_does_not_matter(net, params):
 
 def test_shapes_say_what_init_returns(net, params):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(lambda a: (a.shape, a.dtype), net.shapes)
+
+
+def test_parameters_of_another_type_and_those_that_are_fixed():
+    class Sized(nnx.Module):
+        def __init__(self, rngs):
+            self.count, self.kernel = nnx.Param(jnp.arange(3)), nnx.Param(jnp.ones(3))
+            self.waves = nnx.Dict({"0": Fixed(jnp.ones(2))})
+
+    net = functional(Sized, "bfloat16")
+    assert net.fixed == ("waves/0",)
+    types = jax.tree.map(lambda a: str(a.dtype), net.shapes)
+    assert types == {"count": "int32", "kernel": "bfloat16", "waves": {"0": "bfloat16"}}
+    assert jax.tree.map(lambda a: str(a.dtype), net.init(jax.random.key(0))) == types
 
 
 def test_a_renamed_leaf_is_refused(net, params):

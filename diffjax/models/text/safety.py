@@ -16,7 +16,7 @@ from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.models.text.clip import RULES as CLIP_RULES
 from diffjax.models.text.clip import ProjectedVision, VisionSettings, VisionTower, vision_of
-from diffjax.nn import Compute, Linear, widen
+from diffjax.nn import Compute, Fixed, Linear, widen
 
 RULES = ((r"^[pw]_head/kernel$", ("fsdp", None)), (r"^(concept|special_care)_embeds(_weights)?$", ()), *CLIP_RULES)
 CONCEPTS, SPECIAL = 17, 3
@@ -84,7 +84,7 @@ class ConceptChecker(nnx.Module):
     def __init__(self, c: VisionSettings, width: int, *, kind: str, compute: Compute, rngs):
         self.vision_model = VisionTower(c, kind=kind, compute=compute, rngs=rngs)
         self.visual_projection = Linear(c.hidden_size, width, bias=False, dtype=compute.dtype, rngs=rngs)
-        ones = lambda *shape: nnx.Param(jnp.ones(shape, jnp.float32))
+        ones = lambda *shape: Fixed(jnp.ones(shape, jnp.float32))
         self.concept_embeds, self.special_care_embeds = ones(CONCEPTS, width), ones(SPECIAL, width)
         self.concept_embeds_weights, self.special_care_embeds_weights = ones(CONCEPTS), ones(SPECIAL)
 

@@ -22,6 +22,7 @@ from diffjax.models.checks import check_divides, check_least
 from diffjax.models.dit import unpatchify
 from diffjax.nn import (
     Compute,
+    Fixed,
     Linear,
     attend,
     layer_norm,
@@ -82,7 +83,7 @@ class PositionedPatches(PatchEmbed):
     ):  # fmt: skip
         super().__init__(channels, width, patch, compute=compute, rngs=rngs)
         square = grid_positions(width, largest, largest, base=base, xp=jnp) if largest else None
-        self.pos_embed = None if square is None else nnx.Param(square.reshape(1, -1, width))
+        self.pos_embed = None if square is None else Fixed(square.reshape(1, -1, width))
         self.patch, self.width, self.base, self.largest = patch, width, base, largest
 
     def __call__(self, x: jax.Array) -> jax.Array:

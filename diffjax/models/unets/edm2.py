@@ -19,7 +19,7 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.nn import Compute, attend, double, dropout, fold_key, halve, scope, tap, widen
+from diffjax.nn import Compute, Fixed, attend, double, dropout, fold_key, halve, scope, tap, widen
 from diffjax.nn.conv import convolution
 from diffjax.nn.functional import names_of
 from diffjax.nn.linear import product
@@ -110,8 +110,8 @@ class MPFourier(nnx.Module):
     """`sqrt(2) cos(f_i t + p_i)` of `t [B]`: `[B, channels] float32` (Equation 75); `f` and `p` are fixed."""
 
     def __init__(self, channels: int, *, rngs):
-        self.freqs = nnx.Param(2 * np.pi * jax.random.normal(rngs.params(), (channels,), jnp.float32))
-        self.phases = nnx.Param(2 * np.pi * jax.random.uniform(rngs.params(), (channels,), jnp.float32))
+        self.freqs = Fixed(2 * np.pi * jax.random.normal(rngs.params(), (channels,), jnp.float32))
+        self.phases = Fixed(2 * np.pi * jax.random.uniform(rngs.params(), (channels,), jnp.float32))
 
     def __call__(self, t: jax.Array) -> jax.Array:
         freqs, phases = (jax.lax.stop_gradient(widen(a[...])) for a in (self.freqs, self.phases))

@@ -12,6 +12,7 @@ from flax import nnx
 
 from diffjax.nn.conv import Conv
 from diffjax.nn.embed import timestep_waves
+from diffjax.nn.functional import Fixed
 from diffjax.nn.linear import ACTIVATIONS, Linear
 from diffjax.nn.norm import widen
 from diffjax.nn.stack import Compute
@@ -63,7 +64,7 @@ class Fourier(nnx.Module):
     """
 
     def __init__(self, count: int, *, log: bool, cosines_first: bool, rngs):
-        self.weight = nnx.Param(16.0 * jax.random.normal(rngs.params(), (count,)))
+        self.weight = Fixed(16.0 * jax.random.normal(rngs.params(), (count,)))
         self.log, self.cosines_first = log, cosines_first
 
     def __call__(self, t: jax.Array) -> jax.Array:

@@ -146,7 +146,8 @@ def rescaled(model: Model, base_init: Callable[[jax.Array], Any]) -> Model:
     """`model` with the initial parameters of muP: the RMS of an array is `init_factor` times that in the base network.
 
     Both are measured, the base's over `DRAWS` draws with a key of their own, as an initialiser's dependence on the
-    width cannot be read off its result. Arrays without a width, and those that start at zero, stay to the bit.
+    width cannot be read off its result. Arrays without a width, those that start at zero and those of `model.fixed`
+    stay to the bit.
 
     Args:
       model: the network.
@@ -161,7 +162,7 @@ def rescaled(model: Model, base_init: Callable[[jax.Array], Any]) -> Model:
 
         def leaf(path, p):
             name = paths.name(path)
-            if found[name].role == "fixed":
+            if found[name].role == "fixed" or name in model.fixed:
                 return p
             wanted, has = _rms(draws[name]) * init_factor(found[name]), _rms(p)
             return p * jnp.where(has > 0, wanted / jnp.where(has > 0, has, 1.0), 1.0).astype(p.dtype)

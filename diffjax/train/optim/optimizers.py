@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optax
@@ -17,7 +18,9 @@ from diffjax.train.optim.settings import checked
 OPTIMIZERS = {**METHODS, NAME: schedule_free}
 
 
-def build_optimizer(config: Mapping[str, Any], num_steps: int, *, base: Any = None) -> optax.GradientTransformation:
+def build_optimizer(
+    config: Mapping[str, Any], num_steps: int, *, base: Any = None, fixed: Sequence[str] = ()
+) -> optax.GradientTransformation:
     """The optimiser that `config` describes; the missing keys are those of `DEFAULTS`.
 
     One update is: clip the gradient by its global norm (`clip`, 0 for none), find the direction (`name` with
@@ -32,6 +35,7 @@ def build_optimizer(config: Mapping[str, Any], num_steps: int, *, base: Any = No
         are any; none means factor 1), `freeze` (regexes), `mup`, `b1`, `b2`, `eps`.
       num_steps: length of the training, in optimiser steps.
       base: shapes of the base network's parameters, which `mup` needs.
+      fixed: names of parameters that are frozen besides (`Model.fixed`).
 
     Raises:
       ValueError: for an unknown key or name (with the nearest), or a value out of range. The `init` of the result
@@ -57,4 +61,5 @@ def build_optimizer(config: Mapping[str, Any], num_steps: int, *, base: Any = No
     if free:
         parts = [schedule_free(optax.chain(*parts), lr, b1=config["b1"], power=power)]
     whole = optax.chain(*clip, *parts)
-    return rules.frozen(whole, config["freeze"]) if config["freeze"] else whole
+    freeze = [*config["freeze"], *(f"^{re.escape(name)}$" for name in fixed)]
+    return rules.frozen(whole, freeze) if freeze else whole
