@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.nn import IMPLEMENTATIONS, POLICIES, TIME_EMBEDS, Functional, kernels, policy_name
+from diffjax.nn.attention import cudnn_takes
 from diffjax.registry import nearest
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -71,7 +72,7 @@ def check_attention(kind: str, setting: str, value: str, dtype: str) -> None:
 
 def check_cudnn_heads(kind: str, setting: str, head_width: int, given: str) -> None:
     """Raises `ValueError` for heads that cuDNN's attention does not take."""
-    if head_width % 8 or head_width > 256:
+    if not cudnn_takes(head_width):
         raise ValueError(
             f"{kind}: {setting}='cudnn' needs heads of a multiple of 8 channels, at most 256 (128 before Hopper); "
             f"{given}; change one of them, or take 'xla'"

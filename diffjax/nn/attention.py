@@ -12,6 +12,7 @@ from diffjax.nn.norm import GroupNorm, plus, widen
 from diffjax.nn.taps import scope, tap
 
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "tokamax", "splash")
+HALVES = (jnp.bfloat16, jnp.float16)
 CHUNK = 128  # queries at a time, of "chunked"
 
 
@@ -28,42 +29,64 @@ def attend(
       causal: whether query i sees the keys up to i alone.
       implementation: "xla"; "chunked", the same for some of the queries at a time, so that their weights are never
         there as a whole, forward or backward; or a fused kernel, which keeps no weights: "cudnn" of NVIDIA GPUs, for
-        bfloat16 and float16 alone, on other devices "xla" takes its place; "tokamax", the fastest that the package of
-        this name has for the device; "splash" of TPUs, one device each, "chunked" takes its place on other devices and
-        where there is a bias, which splash has not.
+        bfloat16 and float16 and heads that `cudnn_takes`, on other devices "xla" takes its place; "tokamax", the
+        fastest that the package of this name has for the device; "splash" of TPUs, one device each, "chunked" takes its
+        place on other devices and where there is a bias, which splash has not.
 
     Raises:
-      ValueError: for a name that is not known, "cudnn" in another type, "tokamax" and "splash" in float64.
+      ValueError: for a name that is not known, "cudnn" in another type or width, "tokamax" and "splash" in float64.
       ImportError: for "tokamax" without the package.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
-    halves = q.dtype in (jnp.bfloat16, jnp.float16)
-    if implementation in ("tokamax", "splash") and q.dtype == jnp.float64:
-        raise ValueError(f"attention by {implementation} is of float32 at most, here it is float64; take 'xla'")
+    implementation = _resolved(q, bias, implementation)
     if implementation == "tokamax":
         return kernels.by_tokamax(q, k, v, scale, bias, causal)
     if implementation == "splash":
-        if bias is None and jax.devices()[0].platform == "tpu":
-            return kernels.splash(q, k, v, scale, causal)
-        implementation = "chunked"
+        return kernels.splash(q, k, v, scale, causal)
     if implementation == "chunked":
         return _chunked(q, k, v, scale, bias, causal)
-    if implementation == "cudnn" and not halves:
-        raise ValueError(f"attention by cudnn needs bfloat16 or float16, here it is {q.dtype}; take 'xla'")
-    if q.dtype == jnp.float16 and implementation == "xla" and jax.default_backend() == "cpu":
+    if q.dtype not in HALVES:
+        return _plain(q, k, v, scale, bias, causal)
+    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":
         # XLA's CPU back end has no products of float16 that add up in float32, which JAX's own asks for.
-        return attend(*map(widen, (q, k, v)), scale, bias=bias, causal=causal).astype(q.dtype)
-    if halves:
+        return _plain(*map(widen, (q, k, v)), scale, bias, causal).astype(q.dtype)
+    bias = None if bias is None else widen(bias)
+    return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, is_causal=causal, implementation=implementation)
+
+
+def cudnn_takes(width: int) -> bool:
+    """Whether cuDNN has a kernel for heads of so many channels: a multiple of 8, at most 256 (128 before Hopper)."""
+    return width % 8 == 0 and width <= 256
+
+
+def _resolved(q, bias, implementation):
+    """The name of what computes attention here; raises for what can nowhere be computed (see `attend`)."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+    if implementation in ("tokamax", "splash") and q.dtype == jnp.float64:
+        raise ValueError(f"attention by {implementation} is of float32 at most, here it is float64; take 'xla'")
+    if implementation == "splash":
+        there = bias is None and jax.devices()[0].platform == "tpu"
+        return "splash" if there else "chunked"
+    if implementation == "cudnn":
+        if q.dtype not in HALVES:
+            raise ValueError(f"attention by cudnn needs bfloat16 or float16, here it is {q.dtype}; take 'xla'")
+        if not cudnn_takes(q.shape[-1]):
+            raise ValueError(
+                "attention by cudnn needs heads of a multiple of 8 channels, at most 256 (128 before Hopper), here "
+                f"they have {q.shape[-1]}; take 'xla' or 'chunked'"
+            )
         # The name of a device, since that of the platform is "gpu" for other makers' as well.
-        if implementation == "cudnn" and "nvidia" not in jax.devices()[0].device_kind.lower():
-            implementation = "xla"
-        return jax.nn.dot_product_attention(
-            q, k, v, None if bias is None else widen(bias), scale=scale, is_causal=causal, implementation=implementation
-        )
-    # JAX's own takes the softmax of wider types in float32 as well, and is slower on CPU. Heads lie in front here, or
-    # XLA would transpose the weights. The maximum only keeps the exponential finite, and the weights are normalised
-    # after their use, so that every pass over them, forward and backward, is one fused loop.
+        return "cudnn" if "nvidia" in jax.devices()[0].device_kind.lower() else "xla"
+    return implementation
+
+
+def _plain(q, k, v, scale, bias, causal):
+    """The definition, in the type of q.
+
+    JAX's own takes the softmax of wider types in float32 as well, and is slower on CPU. Heads lie in front here, or XLA
+    would transpose the weights. The maximum only keeps the exponential finite, and the weights are normalised after
+    their use, so that every pass over them, forward and backward, is one fused loop.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (scale * q, k, v))
     scores = jnp.einsum("bntd,bnsd->bnts", q, k)

@@ -103,8 +103,12 @@ def test_cudnn_says_what_it_needs_and_gives_way_where_it_is_not():
         dit(shape=(4, 4, 1), attention_impl="cudnn")
     with pytest.raises(ValueError, match="width=24 over heads=2 is 12"):
         dit(shape=(4, 4, 1), attention_impl="cudnn", dtype="bfloat16", width=24, heads=2)
+    for width in (12, 264):
+        with pytest.raises(ValueError, match=f"multiple of 8 channels, at most 256 .* here they have {width}"):
+            attend(*3 * (jnp.zeros((1, 2, 1, width), jnp.bfloat16),), implementation="cudnn")
     if jax.default_backend() == "cpu":
-        np.testing.assert_array_equal(attend(q, q, q, implementation="cudnn"), attend(q, q, q))
+        for a in (q, q.astype(jnp.float16)):
+            np.testing.assert_array_equal(attend(a, a, a, implementation="cudnn"), attend(a, a, a))
 
 
 def test_float64_attention_is_that_of_float32_but_for_rounding(x64):
