@@ -56,7 +56,7 @@ NETWORKS = {
 }  # fmt: skip
 SMOKE = {
     "sd15": (
-        dict(block_out_channels=(32, 32, 32, 32), cross_attention_dim=16),
+        dict(block_out_channels=(32, 32, 32, 32), attention_head_dim=4, cross_attention_dim=16),
         dict(x=(16, 16, 4), t=((), 1000), context=(7, 16)),
     ),
     "sdxl": (

@@ -16,9 +16,9 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.models.text.shared import activation, all_hidden, check_ids, divisible, logits, mask_bias, mix, read
+from diffjax.models.text.shared import HIDDEN, activation, all_hidden, check_ids, divisible, logits, mix, read
 from diffjax.nn import Compute, LayerNorm, Linear, run_stack, scope, stack, tap, widen
-from diffjax.nn.blocks import Embedding
+from diffjax.nn.blocks import Embedding, mask_bias
 
 RULES = (
     (r"layer/.*/(query|key|value|intermediate/dense)/kernel$", (None, "fsdp", "tensor")),
@@ -107,7 +107,7 @@ class Bert(nnx.Module):
         check_ids(self.kind, ids, mask, self.c.max_position_embeddings)
         if types is not None:
             settings.expect(self.kind, "types", types, *ids.shape)
-        e, bias = self.embeddings, mask_bias(mask)
+        e, bias = self.embeddings, mask_bias(mask, HIDDEN)
         x = e["word_embeddings"](ids)
         if self.c.pad_token_id is not None:
             # The row of padding is not trained.

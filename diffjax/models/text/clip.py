@@ -16,9 +16,9 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.models.text.shared import activation, all_hidden, check_ids, divisible, mask_bias, mix, read
+from diffjax.models.text.shared import HIDDEN, activation, all_hidden, check_ids, divisible, mix, read
 from diffjax.nn import Compute, Conv, LayerNorm, Linear, run_stack, scope, stack, tap, widen
-from diffjax.nn.blocks import Embedding
+from diffjax.nn.blocks import Embedding, mask_bias
 
 RULES = (
     (r"layers/.*/([qkv]_proj|fc1)/kernel$", (None, "fsdp", "tensor")),
@@ -204,7 +204,7 @@ class TextTower(nnx.Module):
         check_ids(self.kind, ids, mask, c.max_position_embeddings)
         x = self.embeddings["token_embedding"](ids)
         x = tap("tokens", x + self.embeddings["position_embedding"](jnp.arange(ids.shape[1])))
-        hidden = self.encoder(x, mask_bias(mask), True)
+        hidden = self.encoder(x, mask_bias(mask, HIDDEN), True)
         last = self.final_layer_norm(hidden[-1])
         # Files with eos_token_id 2 are older than the rule that the id means something: the end is their largest id.
         found = ids if c.eos_token_id == 2 else (ids == c.eos_token_id).astype(jnp.int32)

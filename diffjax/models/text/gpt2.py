@@ -16,9 +16,9 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.models.text.shared import activation, all_hidden, check_ids, divisible, logits, mask_bias, mix, read
+from diffjax.models.text.shared import HIDDEN, activation, all_hidden, check_ids, divisible, logits, mix, read
 from diffjax.nn import Compute, LayerNorm, Linear, plus, run_stack, scope, stack, tap, widen
-from diffjax.nn.blocks import Embedding
+from diffjax.nn.blocks import Embedding, mask_bias
 from diffjax.nn.linear import product
 
 RULES = (
@@ -111,7 +111,7 @@ class GPT2(nnx.Module):
 
     def __call__(self, ids: jax.Array, *, mask: jax.Array | None = None) -> GPT2Output:
         check_ids(self.kind, ids, mask, self.c.n_positions)
-        bias = mask_bias(mask)
+        bias = mask_bias(mask, HIDDEN)
         x = tap("tokens", self.wte(ids) + self.wpe(jnp.arange(ids.shape[1])))
 
         def body(block, h, i):

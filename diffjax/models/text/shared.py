@@ -51,7 +51,7 @@ HARMLESS: dict[str, tuple] = {
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
 }
-# Finite, so that a row that sees nothing has a mean and no NaN.
+# What is added to the score of a masked token: finite, so that a row that sees nothing has a mean and no NaN.
 HIDDEN = -1e30
 
 
@@ -96,11 +96,6 @@ def check_ids(kind: str, ids: jax.Array, mask: jax.Array | None, longest: int | 
         raise ValueError(f"{kind}: {ids.shape[1]} tokens are more than the {longest} positions of this network")
     if mask is not None:
         settings.expect(kind, "mask", mask, *ids.shape)
-
-
-def mask_bias(mask: jax.Array | None) -> jax.Array | None:
-    """What `mask [B, L]` (1 = seen) adds to scores: `[B, 1, 1, L] float32`, None for None."""
-    return None if mask is None else jnp.where(mask[:, None, None] != 0, 0.0, HIDDEN).astype(jnp.float32)
 
 
 def mix(

@@ -19,9 +19,9 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
-from diffjax.models.text.shared import activation, check_ids, mask_bias, mix, read
+from diffjax.models.text.shared import HIDDEN, activation, check_ids, mix, read
 from diffjax.nn import Compute, Linear, RMSNorm, run_stack, scope, stack, tap, widen
-from diffjax.nn.blocks import Embedding
+from diffjax.nn.blocks import Embedding, mask_bias
 
 RULES = (
     (r"block/.*/([qkv]|wi|wi_0|wi_1)/kernel$", (None, "fsdp", "tensor")),
@@ -107,11 +107,11 @@ class Attention(nnx.Module):
         self.layer_norm = RMSNorm(c.d_model, eps=c.layer_norm_epsilon)
         self.c, self.per_layer, self.compute = c, per_layer, compute
 
-    def __call__(self, x: jax.Array, positions: jax.Array | None, hidden: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array | None, bias: jax.Array | None) -> jax.Array:
         h, layer = self.layer_norm(x), self.SelfAttention
         if self.per_layer:
             positions = _positions(self.c, x.shape[1], layer["relative_attention_bias"])
-        bias = widen(positions) if hidden is None else widen(positions) + hidden
+        bias = widen(positions) if bias is None else widen(positions) + bias
         mixed = mix(*(layer[n](h) for n in "qkv"), self.c.num_heads, compute=self.compute, scale=1.0, bias=bias)
         return tap("out", layer["o"](mixed))
 
@@ -148,9 +148,9 @@ class Block(nnx.Module):
         given = dict(compute=compute, rngs=rngs)
         self.layer = nnx.Dict({"0": Attention(c, per_layer=per_layer, **given), "1": FeedForward(c, **given)})
 
-    def __call__(self, x, positions, hidden):
+    def __call__(self, x, positions, bias):
         with scope("layer/0"):
-            x = x + widen(self.layer["0"](x, positions, hidden))
+            x = x + widen(self.layer["0"](x, positions, bias))
         with scope("layer/1"):
             x = x + widen(self.layer["1"](x))
         return tap("out", x)
@@ -177,11 +177,11 @@ class Encoder(nnx.Module):
         first = layers.pop("0", None)
         table = None if first is None else first["layer"]["0"]["SelfAttention"]["relative_attention_bias"]
         positions = None if table is None else _positions(self.c, ids.shape[1], table)
-        hidden = mask_bias(mask)
+        bias = mask_bias(mask, HIDDEN)
 
         def body(block, h, i):
             with scope("encoder/block"):
-                return block(h, positions, hidden), None
+                return block(h, positions, bias), None
 
         x, _ = run_stack(layers, body, tap("tokens", widen(self.shared(ids))), self.compute)
         return widen(self.encoder["final_layer_norm"](x))

@@ -28,9 +28,9 @@ QK_NORMS = {
 MASKED = -10_000.0
 
 
-def mask_bias(mask: jax.Array | None) -> jax.Array | None:
-    """What `mask [B, S]` (1 = seen) adds to scores: `[B, 1, 1, S] float32`, None for None."""
-    return None if mask is None else ((1 - jnp.asarray(mask, jnp.float32)) * MASKED)[:, None, None]
+def mask_bias(mask: jax.Array | None, masked: float = MASKED) -> jax.Array | None:
+    """What `mask [B, S]` (1 = seen, 0 = lowered by `masked`) adds to scores: `[B, 1, 1, S] float32`, None for None."""
+    return None if mask is None else ((1 - jnp.asarray(mask, jnp.float32)) * masked)[:, None, None]
 
 
 class Pictured(NamedTuple):
