@@ -16,9 +16,9 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
+from diffjax.models.checks import check_least
 from diffjax.models.unets import condition, unet_cond
 from diffjax.nn import Compute, Conv, scope, split_key, tap, widen
-from diffjax.nn.blocks import mask_bias
 
 KIND = "ControlNetModel"
 RULES = (
@@ -75,7 +75,8 @@ _OWN = (
 def unet_settings(c: Settings) -> unet_cond.Settings:
     """The settings of the U-Net whose way down this is a copy of."""
     shared = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in _OWN}
-    return unet_cond.Settings(**shared)
+    # It has no way up.
+    return unet_cond.Settings(**shared, up_block_types=("UpBlock2D",) * len(c.block_out_channels))
 
 
 class Residuals(NamedTuple):
@@ -119,8 +120,11 @@ class ControlNet(nnx.Module):
     def __init__(self, c: Settings, *, compute: Compute, rngs):
         unet, given, widths = unet_settings(c), dict(compute=compute, rngs=rngs), c.block_out_channels
         self.conv_in = Conv(c.in_channels, widths[0], dtype=compute.dtype, rngs=rngs)
-        for name, part in condition.parts(unet, **given).items():
-            setattr(self, name, part)
+        self.time_proj = condition.time_proj(unet, rngs=rngs)
+        self.time_embedding = condition.time_embedding(unet, **given)
+        self.encoder_hid_proj = condition.encoder_hid_proj(unet, **given)
+        self.class_embedding = condition.class_embedding(unet, **given)
+        self.add_embedding = condition.add_embedding(unet, **given)
         embedding = c.conditioning_channels, c.conditioning_embedding_out_channels, widths[0]
         self.controlnet_cond_embedding = PictureEmbedding(*embedding, **given)
         self.down_blocks, self.mid_block = unet_cond.down_stages(unet, **given), unet_cond.mid_stage(unet, **given)
@@ -133,21 +137,25 @@ class ControlNet(nnx.Module):
         self.c, self.unet = c, unet
 
     def __call__(
-        self, x, t, context, picture, y=None, *, scale=1.0, guess=False, mask=None, pooled=None, time_ids=None,
-        cond=None, image=None, key=None,
+        self, x: jax.Array, t: jax.Array, context: jax.Array, picture: jax.Array, y: jax.Array | None = None, *,
+        scale: jax.Array | float = 1.0, guess: bool = False, mask: jax.Array | None = None,
+        pooled: jax.Array | None = None, time_ids: jax.Array | None = None, cond: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> Residuals:  # fmt: skip
+        """The arguments are those that `controlnet` tells."""
         c = self.c
         settings.expect(KIND, "x", x, None, None, None, c.in_channels)
         times = 2 ** (len(c.conditioning_embedding_out_channels) - 1)
-        settings.expect(KIND, "picture", picture, None, *(times * n for n in x.shape[1:3]), c.conditioning_channels)
-        given = condition.Given(context, y, pooled, time_ids, image=image, cond=cond)
-        condition.check(KIND, self.unet, given)
-        t, bias = settings.times_of(KIND, t, x), mask_bias(mask)
-        temb, context, _ = condition.embed(self, self.unet, t, given)
+        settings.expect(KIND, "picture", picture, len(x), *(times * n for n in x.shape[1:3]), c.conditioning_channels)
+        given = condition.Given(context, y, pooled, time_ids, cond=cond)
+        condition.check(KIND, self.unet, x, given)
+        temb, context, _ = condition.embed(self, self.unet, settings.times_of(KIND, t, x), given)
+        bias = unet_cond.bias_of(KIND, mask, context)
         picture = picture if c.controlnet_conditioning_channel_order == "rgb" else picture[..., ::-1]
         h = tap("features", self.conv_in(x) + self.controlnet_cond_embedding(picture))
         keys = split_key(key, len(self.down_blocks) + 1)
-        h, skips, _ = unet_cond.run_down(self.down_blocks, h, tap("temb", temb), context, bias, keys)
+        temb = tap("temb", temb)
+        h, skips = unet_cond.run_down(self.down_blocks, h, temb, context=context, bias=bias, keys=keys)
         if self.mid_block is not None:
             with scope("mid_block"):
                 h = self.mid_block(h, temb, context, bias=bias, key=keys[-1])
@@ -186,7 +194,8 @@ def controlnet(config: Mapping[str, Any], **how) -> Model:
         controlnet_conditioning_channel_order=("rgb", "bgr"),
         mid_block_type=("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
     )  # fmt: skip
-    unet_cond.check_settings(KIND, c)
+    check_least(KIND, 1, layers_per_block=c.layers_per_block)
+    unet_cond.check_settings(KIND, unet_settings(c))
     make = lambda compute, rngs: ControlNet(c, compute=compute, rngs=rngs)
     return settings.model(KIND, config, make, settings.how(KIND, **how), unet_cond.rules_of(c, RULES))
 

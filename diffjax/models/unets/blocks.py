@@ -405,9 +405,7 @@ def skip_channels(widths: tuple[int, ...], layers: tuple[int, ...]) -> list[list
 def check_types(kind: str, c: Any, known: Sequence[str]) -> None:
     """Raises `ValueError` unless there is one type of block for each of `block_out_channels`, all of them known."""
     for setting, types in (("down_block_types", DOWN), ("up_block_types", UP)):
-        names = getattr(c, setting, None)
-        if names is None:
-            continue
+        names = getattr(c, setting)
         if len(names) != len(c.block_out_channels):
             raise ValueError(f"{kind}: {len(names)} {setting} for {len(c.block_out_channels)} block_out_channels")
         allowed = [name for name in types if name in known]

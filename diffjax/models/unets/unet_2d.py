@@ -11,10 +11,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
+from diffjax.models.checks import check_divides, check_least
 from diffjax.models.unets.blocks import (
     DOWN,
     MID,
@@ -126,13 +128,13 @@ class UNet2D(nnx.Module):
         y = self._waves(y) if self.c.class_embed_type == "timestep" else y
         return emb + self.class_embedding(y)
 
-    def __call__(self, x, t, y=None, *, key=None):
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: jax.Array | None = None, *, key: jax.Array | None = None
+    ) -> jax.Array:  # fmt: skip
+        """`[B, H, W, out_channels] float32`; `unet_2d` tells what the arguments are."""
         c = self.c
-        settings.expect(KIND, "x", x, None, None, None, c.in_channels)
+        _check_inputs(c, x, y)
         t = settings.times_of(KIND, t, x)
-        labelled = c.class_embed_type is not None or c.num_class_embeds is not None
-        if labelled != (y is not None):
-            raise ValueError(f"{KIND}: y is {'needed by' if labelled else 'nothing that can be given to'} this network")
         x = 2 * x - 1.0 if c.center_input_sample else x
         count = len(c.block_out_channels)
         keys = split_key(key, 2 * count + 1)
@@ -174,6 +176,21 @@ def _stage(c: Settings, kind: str, channels: int, layers: int, temb_width: int) 
     )  # fmt: skip
 
 
+def _check_inputs(c: Settings, x, y) -> None:
+    """Raises `ValueError` for an image that cannot be halved as often as it must, and for labels that do not fit."""
+    settings.expect(KIND, "x", x, None, None, None, c.in_channels)
+    factor = 2 ** (len(c.block_out_channels) - 1)
+    if x.shape[1] % factor or x.shape[2] % factor:
+        raise ValueError(f"{KIND}: x is {x.shape[1]}x{x.shape[2]}; its stages need sides divisible by {factor}")
+    labelled = c.class_embed_type is not None or c.num_class_embeds is not None
+    if labelled != (y is not None):
+        told = f"class_embed_type={c.class_embed_type!r}, num_class_embeds={c.num_class_embeds!r}"
+        raise ValueError(f"{KIND}: this network {'needs' if labelled else 'has no use for'} y ({told})")
+    if labelled:
+        width = c.time_embedding_dim or 4 * c.block_out_channels[0]
+        settings.expect(KIND, "y", y, *((len(x), width) if c.class_embed_type == "identity" else (len(x),)))
+
+
 def unet_2d(config: Mapping[str, Any], **how) -> Model:
     """`UNet2DModel` by the config of a checkpoint.
 
@@ -197,6 +214,12 @@ def unet_2d(config: Mapping[str, Any], **how) -> Model:
         downsample_type=("conv", "resnet"), upsample_type=("conv", "resnet"), act_fn=tuple(ACTIVATIONS),
     )  # fmt: skip
     check_types(KIND, c, _TYPES)
+    check_least(KIND, 1, layers_per_block=c.layers_per_block)
+    optional = "norm_num_groups attn_norm_num_groups attention_head_dim time_embedding_dim num_class_embeds".split()
+    given = {name: getattr(c, name) for name in optional}
+    check_least(KIND, 1, **{name: value for name, value in given.items() if value is not None})
+    if c.norm_num_groups is not None:
+        check_divides(KIND, "norm_num_groups", c.norm_num_groups, "the channels", c.block_out_channels[0])
     if c.time_embedding_type == "learned" and c.num_train_timesteps is None:
         raise ValueError(f"{KIND}: time_embedding_type='learned' needs num_train_timesteps")
     fir = [name for name in (*c.down_block_types, *c.up_block_types) if TYPES[name].resample == "fir"]

@@ -6,14 +6,16 @@ Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952; Luo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
+from diffjax.models.checks import check_least
 from diffjax.models.unets import condition
 from diffjax.models.unets.blocks import MID, TYPES, DownStage, MidStage, Stage, UpStage, check_types, skip_channels
 from diffjax.models.unets.blocks import RULES as UNET_RULES
@@ -97,8 +99,10 @@ class UNetCondition(nnx.Module):
         # As many zeros on either side: a kernel of an even size makes each side of the image one pixel less.
         end = lambda size: dict(size=size, padding=(size - 1) // 2, dtype=compute.dtype, rngs=rngs)
         self.conv_in = Conv(c.in_channels, widths[0], **end(c.conv_in_kernel))
-        for name, part in condition.parts(c, **given).items():
-            setattr(self, name, part)
+        self.time_proj, self.time_embedding = condition.time_proj(c, rngs=rngs), condition.time_embedding(c, **given)
+        self.encoder_hid_proj = condition.encoder_hid_proj(c, **given)
+        self.class_embedding = condition.class_embedding(c, **given)
+        self.add_embedding = condition.add_embedding(c, **given)
         self.down_blocks, self.mid_block = down_stages(c, **given), mid_stage(c, **given)
         layers = spread(c.layers_per_block, len(widths))
         skips, below, up = skip_channels(widths, layers), widths[-1], {}
@@ -112,38 +116,45 @@ class UNetCondition(nnx.Module):
         self.adapters = 0  # how many IP-Adapters there is room for
 
     def __call__(
-        self, x, t, context=None, y=None, *, mask=None, pooled=None, time_ids=None, image=None, hint=None, cond=None,
-        residuals=None, mid_residual=None, adapter=(), pictures=(), key=None,
-    ):  # fmt: skip
-        c, levels = self.c, len(self.c.block_out_channels)
+        self, x: jax.Array, t: jax.Array, context: jax.Array | None = None, y: jax.Array | None = None, *,
+        mask: jax.Array | None = None, pooled: jax.Array | None = None, time_ids: jax.Array | None = None,
+        image: jax.Array | None = None, hint: jax.Array | None = None, cond: jax.Array | None = None,
+        residuals: Sequence[jax.Array] | None = None, mid_residual: jax.Array | None = None,
+        adapter: Sequence[jax.Array] = (), pictures: Sequence[tuple[jax.Array, Any]] = (),
+        key: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """`[B, H, W, out_channels] float32`; `unet_condition` tells what the arguments are, and their shapes."""
+        c, count = self.c, len(self.c.block_out_channels)
         settings.expect(KIND, "x", x, None, None, None, c.in_channels - 4 * (c.addition_embed_type == "image_hint"))
         t = settings.times_of(KIND, t, x)
         given = condition.Given(context, y, pooled, time_ids, image, hint, cond)
-        condition.check(KIND, c, given)
-        keys = split_key(key, 2 * levels + 1)
+        condition.check(KIND, c, x, given)
+        keys = split_key(key, 2 * count + 1)
         temb, context, hint = condition.embed(self, c, t, given)
-        context = self._pictured(context, tuple(pictures))
         temb = tap("temb", temb if c.time_embedding_act_fn is None else ACTIVATIONS[c.time_embedding_act_fn](temb))
-        bias = mask_bias(mask)
+        bias = bias_of(KIND, mask, context)
+        context = self._pictured(context, tuple(pictures))
         x = 2 * x - 1.0 if c.center_input_sample else x
         x = x if hint is None else jnp.concatenate([x, hint.astype(x.dtype)], -1)
         h = tap("features", self.conv_in(x))
-        h, skips, adapter = run_down(self.down_blocks, h, temb, context, bias, keys, tuple(adapter))
-        if residuals is not None:
-            check_residuals(residuals, skips)
-            skips = [a + b for a, b in zip(skips, residuals, strict=True)]
+        check_adapter(adapter, count, self.mid_block)
+        h, skips = run_down(self.down_blocks, h, temb, context=context, bias=bias, keys=keys, adapter=adapter)
+        skips = _steered("residuals", skips, residuals)
         if self.mid_block is not None:
             with scope("mid_block"):
                 h = self.mid_block(h, temb, context, bias=bias, key=keys[-1])
-            h = h + adapter[0] if adapter and adapter[0].shape == h.shape else h
-        h = h if mid_residual is None else h + mid_residual
-        for i in range(levels):
+        if len(adapter) > count:
+            settings.expect(KIND, f"adapter[{count}]", adapter[count], *h.shape)
+            h = h + adapter[count]
+        (h,) = _steered("mid_residual", [h], None if mid_residual is None else [mid_residual])
+        for i in range(count):
             block = self.up_blocks[str(i)]
             taken, skips = skips[-block.stage.layers :], skips[: -block.stage.layers]
             # Of odd sizes the half is rounded up, and the way back follows the features.
             size = skips[-1].shape[1:3] if skips else None
+            _check_size(block.stage.type, h, size, x)
             with scope(f"up_blocks/{i}"):
-                h, _ = block(h, taken, temb, context, bias=bias, size=size, key=keys[levels + i])
+                h, _ = block(h, taken, temb, context, bias=bias, size=size, key=keys[count + i])
         return widen(self.conv_out(self.activation(self.conv_norm_out(h))))
 
     def _pictured(self, context, pictures):
@@ -156,29 +167,75 @@ class UNetCondition(nnx.Module):
         return Pictured(context, pictures) if pictures else context
 
 
-def run_down(levels: nnx.Dict, h, temb, context, bias, keys, adapter=()):
-    """The way down: the features, those for the way up, and what is left of the adapter's."""
+def run_down(
+    stages: nnx.Dict, h: jax.Array, temb: jax.Array, *, context: jax.Array | None, bias: jax.Array | None,
+    keys: Sequence[jax.Array | None] | jax.Array, adapter: Sequence[jax.Array] = (),
+) -> tuple[jax.Array, list[jax.Array]]:  # fmt: skip
+    """The way down: the features, and those for the way up.
+
+    Args:
+      stages: as from `down_stages`.
+      h: what `conv_in` makes, `[B, H, W, C]`.
+      temb, context, bias: see `diffjax.models.unets.blocks.DownStage`.
+      keys: one for each stage, or more.
+      adapter: features of a T2I-Adapter, at least one for each stage, or none.
+    """
     skips = [h]
-    for i in range(len(levels)):
-        block = levels[str(i)]
-        extra, adapter = adapter[:1], adapter[1:]
+    for i in range(len(stages)):
+        block, extra = stages[str(i)], adapter[i] if adapter else None
         crossed = TYPES[block.stage.type].attention in ("cross", "added")
+        if extra is not None and crossed:
+            settings.expect(KIND, f"adapter[{i}]", extra, *h.shape[:3], block.stage.channels)
         with scope(f"down_blocks/{i}"):
-            h, outs, _ = block(
-                h, temb, context, bias=bias, residual=extra[0] if extra and crossed else None, key=keys[i]
-            )
-        if extra and not crossed:
-            h = outs[-1] = h + extra[0]
+            h, outs, _ = block(h, temb, context, bias=bias, residual=extra if crossed else None, key=keys[i])
+        if extra is not None and not crossed:
+            settings.expect(KIND, f"adapter[{i}]", extra, *h.shape)
+            h = outs[-1] = h + extra
         skips += outs
-    return h, skips, adapter
+    return h, skips
 
 
-def check_residuals(residuals, skips) -> None:
-    """Raises `ValueError` unless there is one residual for each feature of the way down, of its shape or pooled."""
-    given, wanted = ([tuple(a.shape) for a in part] for part in (residuals, skips))
+def bias_of(kind: str, mask: jax.Array | None, context: jax.Array | None) -> jax.Array | None:
+    """What `mask [B, L]` adds to the scores of the blocks' `context [B, L, D]`; raises `ValueError` for other shapes.
+
+    Raises:
+      ValueError: for a mask of another shape, or without a context.
+    """
+    if mask is not None:
+        settings.expect(kind, "mask", mask, *context.shape[:2])
+    return mask_bias(mask)
+
+
+def check_adapter(adapter: Sequence[jax.Array], count: int, mid_block: nnx.Module | None) -> None:
+    """Raises `ValueError` unless there are no features of a T2I-Adapter, one for each stage, or one more for the
+    middle."""
+    most = count + (mid_block is not None)
+    if len(adapter) not in (0, count, most):
+        raise ValueError(
+            f"{KIND}: {len(adapter)} features of an adapter; expected {count}, one for each of block_out_channels"
+            + (f", or {most} with one for the middle" if most > count else "")
+        )
+
+
+def _steered(name: str, features: list[jax.Array], residuals: Sequence[jax.Array] | None) -> list[jax.Array]:
+    """The features plus the residuals of a ControlNet, which are of their shapes, or pooled to one pixel."""
+    if residuals is None:
+        return features
+    given, wanted = ([tuple(a.shape) for a in part] for part in (residuals, features))
     pooled = [(b, 1, 1, c) for b, _, _, c in wanted]
     if given not in (wanted, pooled):
-        raise ValueError(f"{KIND}: residuals of shapes {given}; the way down has {wanted}")
+        raise ValueError(f"{KIND}: {name} of shapes {given}; the features there have {wanted}")
+    return [a + b for a, b in zip(features, residuals, strict=True)]
+
+
+def _check_size(kind: str, h: jax.Array, size: tuple[int, int] | None, x: jax.Array) -> None:
+    """Raises `ValueError` where a type of block that cannot follow an odd side meets one, as in PyTorch's class."""
+    doubled = (2 * h.shape[1], 2 * h.shape[2])
+    if size not in (None, doubled) and TYPES[kind].resample == "resnet":
+        raise ValueError(
+            f"{KIND}: x is {x.shape[1]}x{x.shape[2]}: {kind} makes {doubled[0]}x{doubled[1]} where the way down had "
+            f"{size[0]}x{size[1]}; take sides that halve without a rest"
+        )
 
 
 def spread(value: Any, count: int) -> tuple:
@@ -280,8 +337,8 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     check_settings(KIND, c)
     settings.only(
         KIND, c, num_attention_heads=(None,), dual_cross_attention=(False,), attention_type=("default",),
-        cross_attention_norm=(None, "group_norm"), time_embedding_type=("positional", "fourier"),
-        time_embedding_act_fn=(None, *ACTIVATIONS), timestep_post_act=(None, *ACTIVATIONS),
+        cross_attention_norm=(None, "group_norm"), time_embedding_act_fn=(None, *ACTIVATIONS),
+        timestep_post_act=(None, *ACTIVATIONS),
     )  # fmt: skip
     return c
 
@@ -293,23 +350,46 @@ def rules_of(c: Any, rules: tuple) -> tuple:
     return (*around, *rules)
 
 
-def check_settings(kind: str, c: Any) -> None:
+def check_settings(kind: str, c: Settings) -> None:
     """Raises `ValueError` for what neither this network nor its ControlNet can be built from."""
     settings.only(
-        kind, c, encoder_hid_dim_type=condition.PROJECTIONS, addition_embed_type=condition.ADDITIONS,
-        class_embed_type=condition.CLASSES, mid_block_type=(None, *MID), act_fn=tuple(ACTIVATIONS),
+        kind, c, mid_block_type=(None, *MID), act_fn=tuple(ACTIVATIONS), downsample_padding=(0, 1),
         resnet_time_scale_shift=("default", "scale_shift"),
     )  # fmt: skip
+    condition.check_settings(kind, c)
     check_types(kind, c, tuple(name for name, typed in TYPES.items() if typed.resample != "fir"))
     if c.norm_num_groups is None:
         raise ValueError(f"{kind}: norm_num_groups=None is not supported; its blocks need a number of groups")
+    check_least(kind, 1, norm_num_groups=c.norm_num_groups, conv_in_kernel=c.conv_in_kernel)
+    check_least(kind, 1, conv_out_kernel=c.conv_out_kernel)
     count = len(c.block_out_channels)
     for name in ("only_cross_attention", "layers_per_block", "cross_attention_dim", "attention_head_dim"):
-        value = getattr(c, name)
-        if isinstance(value, tuple) and len(value) != count:
-            raise ValueError(f"{kind}: {name} has {len(value)} values for {count} block_out_channels")
-    if condition.projection_of(c) and c.encoder_hid_dim is None:
-        raise ValueError(f"{kind}: encoder_hid_dim_type={c.encoder_hid_dim_type!r} needs encoder_hid_dim")
-    projected = c.class_embed_type in ("projection", "simple_projection") or c.addition_embed_type == "text_time"
-    if projected and c.projection_class_embeddings_input_dim is None:
-        raise ValueError(f"{kind}: projection_class_embeddings_input_dim is missing; the embeddings are made by it")
+        _check_length(kind, name, getattr(c, name), count)
+    for width in c.block_out_channels:
+        check_least(kind, 1, block_out_channels=width)
+    for layers in spread(c.layers_per_block, count):
+        check_least(kind, 1, layers_per_block=layers)
+    _check_depths(kind, c)
+
+
+def _check_length(kind: str, name: str, value: Any, count: int) -> None:
+    if isinstance(value, tuple) and len(value) != count:
+        raise ValueError(f"{kind}: {name} has {len(value)} values for {count} block_out_channels")
+
+
+def _check_depths(kind: str, c: Settings) -> None:
+    """Raises `ValueError` for a wrong number of depths of transformers, among the stages or in one of them."""
+    name, count = "transformer_layers_per_block", len(c.block_out_channels)
+    layers, back = spread(c.layers_per_block, count), c.reverse_transformer_layers_per_block
+    depths = spread(c.transformer_layers_per_block, count)
+    if any(isinstance(depth, tuple) for depth in depths) and back is None:
+        raise ValueError(f"{kind}: {name}={depths!r}: that of each layer needs reverse_{name} for the way up")
+    ways = [(name, depths, layers)]
+    ways += [] if back is None else [(f"reverse_{name}", back, tuple(n + 1 for n in layers[::-1]))]
+    for name, depths, layers in ways:
+        _check_length(kind, name, depths, count)
+        for depth, wanted in zip(depths, layers, strict=True):
+            if isinstance(depth, tuple) and len(depth) < wanted:
+                raise ValueError(f"{kind}: {name}={depths!r}: {depth!r} is for a stage of {wanted} layers")
+            for n in depth if isinstance(depth, tuple) else (depth,):
+                check_least(kind, 1, **{name: n})
