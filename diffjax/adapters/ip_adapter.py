@@ -27,7 +27,7 @@ from diffjax.models.unets import unet_cond
 from diffjax.models.unets.blocks import TYPES
 from diffjax.nn import ACTIVATIONS, Compute, LayerNorm, Linear, attend, run_stack, stack, widen
 from diffjax.nn.blocks.attention import split_heads
-from diffjax.nn.functional import Functional, functional, names_of, rngs_of
+from diffjax.nn.functional import Functional, functional, names_of, nested, rngs_of
 from diffjax.nn.stack import parts_of
 
 KIND = "IP-Adapter"
@@ -188,18 +188,6 @@ def join(params: dict, adapters: Sequence[Adapter]) -> dict:
             leaves[f"{name}/processor/to_k_ip/{i}/kernel"] = keys.k
             leaves[f"{name}/processor/to_v_ip/{i}/kernel"] = keys.v
     return nested(leaves)
-
-
-def nested(leaves: Mapping[str, Any]) -> dict:
-    """The nested dict of `{"a/b": leaf}`."""
-    out: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *path, last = name.split("/")
-        node = out
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return out
 
 
 class Plain(nnx.Module):

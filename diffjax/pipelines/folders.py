@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from diffjax.convert.weights import WeightsError, rewrite, save
-from diffjax.convert.weights.folder import Survey, check_dtype, some, type_of
+from diffjax.convert.weights.folder import Survey, check_dtype, printable, some, type_of
 from diffjax.convert.weights.originals import Contents, original_components, survey_original
-from diffjax.convert.weights.rewrite import KEYS, check_target, watched
+from diffjax.convert.weights.rewrite import check_keys, check_target, watched
 from diffjax.convert.weights.survey import PIPELINE, components, survey, unusual
 from diffjax.convert.weights.tensors import Source
 from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
@@ -27,6 +27,7 @@ from diffjax.train.describe import size_text
 from diffjax.train.survival.workdir import CONFIG_FILE
 
 LARGEST = 8
+HEAD = ("component", "class", "parameters", "bytes", "weights")  # of tables of several networks
 
 
 class Entry(NamedTuple):
@@ -71,15 +72,21 @@ def describe_folder(
       OSError: if something cannot be read.
     """
     check_dtype("dtype", dtype)
+    if sharding and not mesh:
+        raise ValueError(f"sharding={sharding!r} needs a mesh, such as 'fsdp=8'")
     settings = dict(dtype=dtype, mesh=mesh, sharding=sharding, values=values)
     if Path(folder, PIPELINE).is_file():
         return _pipeline(Path(folder), variant, settings)
+    if variant and Path(folder).is_file():
+        raise ValueError(f"{folder} is a file; variant={variant!r} chooses among those of a folder")
     contents = original_components(folder) if Path(folder).is_file() else None
     return _original(contents, settings) if contents and contents.parts else _one(survey(folder, variant), **settings)
 
 
 def _pipeline(folder, variant, settings):
-    rows, sound = [("component", "class", "parameters", "bytes", "weights")], True
+    if settings["mesh"]:
+        raise ValueError(f"{folder}: --mesh needs one network: name its folder, such as {folder / 'unet'}")
+    rows, sound, held = [HEAD], True, {}
     for name, kind in components(folder).items():
         if not (folder / name / "config.json").is_file():
             rows.append((name, kind, "", "", "no network"))
@@ -94,14 +101,19 @@ def _pipeline(folder, variant, settings):
             continue
         sound &= not (found.report and any(found.report))
         rows.append((name, kind, f"{sum(e.count for e in entries):,}", size_text(_total(entries)), told))
-    return f"pipeline {folder}\n{_table(rows)}\n", sound
+        held |= {f"{name}/{key}": tensor for key, tensor in found.tensors.items()}
+    text = f"pipeline {folder}\n{_table(rows)}\n"
+    if settings["values"]:
+        told, fine = _values(held)
+        text, sound = text + told, sound and fine
+    return text, sound
 
 
 def _original(contents: Contents, settings):
     """The networks of a file under the names of its authors, and the names of all that belongs to none of them."""
     if settings["mesh"]:
         raise ValueError(f"{contents.path}: --mesh needs one network: write it with diffjax convert --component=")
-    rows, sound, beside = [("component", "class", "parameters", "bytes", "weights")], True, list(contents.rest)
+    rows, sound, beside = [HEAD], True, list(contents.rest)
     for name, part in contents.parts.items():
         beside += [part.prefix + key for key in part.ignored]
         entries = [Entry(key, t.shape, cast(t.dtype, settings["dtype"])) for key, t in part.tensors.items()]
@@ -196,6 +208,7 @@ def _total(entries) -> int:
 
 
 def _table(rows) -> str:
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -240,19 +253,24 @@ def convert(
       OSError: disk full, folder read-only; what was in `target` is whole.
     """
     check_dtype("dtype", dtype)
+    if shard_gb is not None and not 1e-9 <= shard_gb < math.inf:
+        raise ValueError(f"--shard-gb={shard_gb:g}: expected a number above 0")
     shard_bytes = SHARD_BYTES if shard_gb is None else round(shard_gb * 1e9)
-    if shard_bytes < 1:
-        raise ValueError(f"--shard-gb={shard_gb:g}: expected more than 0")
+    if is_run(target):
+        raise ValueError(f"{target} is a run, whose config would be replaced; name another folder")
     with _bar("converting") as progress:
         if is_run(source):
-            if component or family:
-                raise ValueError(f"--component and --family are of an original checkpoint; {source} is a run")
+            if component or family or variant:
+                other = "--component and --family" if component or family else "--variant"
+                raise ValueError(f"{other}: {source} is a run, which has no such parts")
             _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress)
             return
         if ema or step is not None:
             raise ValueError(f"{source} is no run and has no averages or steps to choose from")
         if not component and Path(source).is_file() and (parts := original_components(source).parts):
-            raise ValueError(f"{source} has several networks: name one, --component={'|'.join(parts)}")
+            if len(parts) > 1:
+                raise ValueError(f"{source} has several networks: name one, --component={'|'.join(parts)}")
+            component = next(iter(parts))
         given = dict(dtype=dtype, variant=variant, shard_bytes=shard_bytes, keys=keys)
         given |= dict(component=component, family=family)
         rewrite(source, target, **given, overwrite=overwrite, progress=progress)
@@ -263,17 +281,12 @@ def _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite,
     from diffjax.train.state import load_run
 
     check_target(target, overwrite)
-    if keys not in (None, *KEYS):
-        raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
+    check_keys(keys)
     run = load_run(source, ema=ema, step=step, items=False)
     network = run.model.config.get("network", {})
     if keys == "params":
-        leaves = {name: np.asarray(leaf) for name, leaf in paths.named_leaves(run.params).items()}
-        types = {name: cast(leaf.dtype, dtype) for name, leaf in leaves.items()}
-        sources = {
-            name: Source(types[name], leaf.shape, lambda leaf=leaf, kept=types[name]: leaf.astype(kept, copy=False))
-            for name, leaf in leaves.items()
-        }
+        leaves = paths.named_leaves(run.params)
+        sources = {name: Source.of(leaf, cast(leaf.dtype, dtype)) for name, leaf in leaves.items()}
         write_folder(target, run.model.config, watched(sources, progress), shard_bytes=shard_bytes, params=True)
     elif network.get("_class_name") in NETWORKS:
         model = from_config(network)

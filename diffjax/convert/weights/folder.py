@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +17,18 @@ import numpy as np
 
 from diffjax.convert.weights.aliases import TIED, modern, without_pixels
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.layout import Place, places_of, read
-from diffjax.convert.weights.names import STEMS, index_of, weights_of
+from diffjax.convert.weights.layout import MOST_LAYERS, Place, places_of, read
+from diffjax.convert.weights.names import STEMS, indices_of, weights_of
 from diffjax.convert.weights.strict import parse, shown
-from diffjax.convert.weights.tensors import Tensor, read_header
+from diffjax.convert.weights.tensors import Tensor, read_header, stamp_of
 from diffjax.core.types import Model
 from diffjax.models import from_config, kind_of
 from diffjax.nn.functional import names_of, nested
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 LONGEST_JSON = 20_000_000
+# Settings that count what is built one by one.
+COUNTS = re.compile("layers|blocks|depth")
 PIECE = 1 << 24  # bytes that are compared at a time
 
 
@@ -41,6 +46,21 @@ class Report(NamedTuple):
     unexpected: tuple[str, ...]
     misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     mistyped: tuple[tuple[str, str, str], ...] = ()
+
+    @classmethod
+    def of(cls, wanted: Mapping[str, tuple[tuple[int, ...], Any]], tensors: Mapping[str, Tensor]) -> Report:
+        """How `tensors` differ from the `(shape, type)` that are wanted; no type is compared where None is."""
+        both = [(name, tensors[name], *wanted[name]) for name in sorted(wanted.keys() & tensors.keys())]
+        floating = lambda dtype: jnp.issubdtype(dtype, jnp.floating)
+        return cls(
+            tuple(sorted(wanted.keys() - tensors.keys())),
+            tuple(sorted(tensors.keys() - wanted.keys())),
+            tuple((name, held.shape, shape) for name, held, shape, _ in both if held.shape != shape),
+            tuple(
+                (name, str(held.dtype), str(dtype)) for name, held, _, dtype in both
+                if dtype is not None and floating(held.dtype) != floating(dtype)
+            ),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         shapes = [f"{name} {list(given)} instead of {list(wanted)}" for name, given, wanted in self.misshapen]
@@ -119,13 +139,26 @@ def opened(
     """
     path = Path(path)
     config = read_config(path) if config is None else config
-    kind = kind_of(config)
-    # Before a network is built: a folder without weights says so at once.
-    files = find(path, variant) if weights else {}
-    model, tree = build(config, path, **how)
-    shapes = names_of(tree)
-    places, tensors = match(kind, files, shapes)
-    return Survey(path, kind, tensors, model, shapes, places, compare(places, tensors, shapes) if weights else None)
+    with told_of(path):
+        kind = kind_of(config)
+        # Before a network is built: a folder without weights says so at once.
+        files = find(path, variant) if weights else {}
+        model, tree = build(config, path, **how)
+        shapes = names_of(tree)
+        places, tensors = match(kind, files, shapes)
+        report = compare(places, tensors, shapes) if weights else None
+    return Survey(path, kind, tensors, model, shapes, places, report)
+
+
+@contextlib.contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Puts the path before what is wrong with what it holds."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise WeightsError(f"{path}: {error}") from error
 
 
 def check_fits(found: Survey, what: str = "") -> None:
@@ -153,6 +186,7 @@ def build(config: Mapping[str, Any], path: Path, **how) -> tuple[Model, dict]:
     Raises:
       ValueError: for a config that describes no network that is known here, or that can be.
     """
+    _check_counts(path, config)
     try:
         model = from_config(config, **how)
         return model, jax.eval_shape(model.init, jax.random.key(0))
@@ -160,6 +194,19 @@ def build(config: Mapping[str, Any], path: Path, **how) -> tuple[Model, dict]:
         # Lengths of zero or of 10**30, or text among numbers: nothing in a config is trusted.
         told = f"{type(error).__name__}: {error}"[:200]
         raise WeightsError(f"{path}: its config describes no {kind_of(config)} that can be built ({told})") from error
+
+
+def _check_counts(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises `WeightsError` for more layers or blocks than any network has: each is built before the next check."""
+    for key, given in config.items():
+        values = [given]
+        while values:
+            value = values.pop()
+            values += value if isinstance(value, list | tuple) else ()
+            many = isinstance(value, int) and COUNTS.search(key) and value > MOST_LAYERS
+            if many or len(values) > MOST_LAYERS:
+                told = f"its config has {shown(key)}={shown(given)}; at most {MOST_LAYERS} are built"
+                raise WeightsError(f"{path}: {told}")
 
 
 def check_dtype(setting: str, dtype: Any) -> None:
@@ -209,7 +256,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = (folder.parent if folder.is_file() else folder) / "config.json"
     if not path.is_file():
         parts = sorted(p.parent.name for p in folder.glob("*/config.json"))
-        hint = f"; it has those of {', '.join(parts)}: name one of these folders" if parts else ""
+        hint = f"; it has those of {some(parts)}: name one of these folders" if parts else ""
         raise FileNotFoundError(f"{folder}: no config.json, which says what network this is{hint}")
     return read_json(path)
 
@@ -235,13 +282,16 @@ def find(path: Path, variant: str | None = None) -> dict[str, Tensor]:
         without weights.
     """
     if path.is_file():
+        if variant:
+            raise ValueError(f"{path} is a file; variant={variant!r} chooses among those of a folder")
         _refuse_pickle(path)
         return read_header(path)[0]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder or file")
     for stem in STEMS:
-        if (path / index_of(stem, variant)).is_file():
-            return _sharded(path, path / index_of(stem, variant))
+        for index in indices_of(stem, variant):
+            if (path / index).is_file():
+                return _sharded(path, path / index)
         if (path / weights_of(stem, variant)).is_file():
             return read_header(path / weights_of(stem, variant))[0]
     here = sorted(p.name for p in path.iterdir() if p.is_file())
@@ -261,11 +311,13 @@ def _refuse_pickle(path: Path) -> None:
     if path.name.endswith(PICKLES):
         raise WeightsError(
             f"{path}: a pickle, which runs code of its own when it is read; convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'model.safetensors')"
+            "d = torch.load(PATH, weights_only=True, map_location='cpu'); d = d.get('state_dict', d); "
+            "safetensors.torch.save_file({k: v.clone().contiguous() for k, v in d.items()}, 'model.safetensors')"
         )
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
+    before = stamp_of(index.stat())
     where = read_json(index).get("weight_map")
     if not (isinstance(where, dict) and where and all(isinstance(name, str) for name in where.values())):
         raise WeightsError(f"{index}: expected a 'weight_map' from tensors to files")
@@ -285,6 +337,9 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
                 told = f"it says {shown(where[key])}" if key in where else "it does not have it"
                 raise WeightsError(f"{index}: tensor {shown(key)} lies in {shown(name)}, but {told}")
         tensors |= held
+    # Files of two checkpoints, one saved while the other was read.
+    if not index.is_file() or stamp_of(index.stat()) != before:
+        raise WeightsError(f"{index}: was replaced while it was read; load it again")
     gone = sorted(where.keys() - tensors.keys())
     if gone:
         raise WeightsError(f"{index}: tensors that its files lack: {some(gone)}")
@@ -334,7 +389,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     rows = a.shape[0] if a.shape else 1
-    many = max(1, PIECE // max(1, a.nbytes // max(1, rows)))
+    many = max(1, PIECE // max(1, math.prod(a.shape[1:]) * a.dtype.itemsize))
     pieces = ((slice(i, i + many),) if a.shape else () for i in range(0, rows, many))
     return all(a.part(piece).tobytes() == b.part(piece).tobytes() for piece in pieces)
 
@@ -348,17 +403,16 @@ def compare(places: Mapping[str, Place], tensors: Mapping[str, Tensor], shapes: 
       shapes: of the network's parameters, by name; their types.
     """
     wanted = {key: (place.shape, shapes[name].dtype) for name, place in places.items() for key in place.keys}
-    missing = tuple(sorted(wanted.keys() - tensors.keys()))
-    unexpected = tuple(sorted(tensors.keys() - wanted.keys()))
-    both = [(key, tensors[key], *wanted[key]) for key in sorted(wanted.keys() & tensors.keys())]
-    shape = tuple((key, tensor.shape, wanted) for key, tensor, wanted, _ in both if tensor.shape != wanted)
-    floating = lambda dtype: jnp.issubdtype(dtype, jnp.floating)
-    kind = tuple((k, str(t.dtype), str(d)) for k, t, _, d in both if floating(t.dtype) != floating(d))
-    return Report(missing, unexpected, shape, kind)
+    return Report.of(wanted, tensors)
 
 
 def some(names: Iterable, most: int = 5) -> str:
-    """The first of the names, for a message."""
-    names = [str(name) for name in names]
+    """The first of the names, for a message, on one line."""
+    names = [printable(str(name)) for name in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(name if len(name) <= 200 else name[:200] + "..." for name in names[:most]) + rest
+
+
+def printable(text: str) -> str:
+    """A text with what a terminal would act upon, or not show, as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -14,7 +14,7 @@ from diffjax.convert.weights.folder import Survey, check_dtype, check_fits, read
 from diffjax.convert.weights.layout import Place, layout, read, split
 from diffjax.convert.weights.originals import survey_original
 from diffjax.convert.weights.survey import survey
-from diffjax.convert.weights.tensors import Source, Tensor
+from diffjax.convert.weights.tensors import Source, Tensor, read_header
 from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
 from diffjax.models import NETWORKS
 
@@ -45,13 +45,21 @@ def rewrite(
 
     Raises:
       WeightsError: as `load`; or for a target with files in it.
-      ValueError: for an unknown name, or names that this class does not have.
+      ValueError: for an unknown name, names that this class does not have, an argument that says nothing of this
+        source, or the folder of an original checkpoint as target.
       OSError: disk full, folder read-only; what was in `target` is whole.
     """
     check_target(target, overwrite)
     check_dtype("dtype", dtype)
-    if keys not in (None, *KEYS):
-        raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
+    check_keys(keys)
+    if component is None and family is not None:
+        raise ValueError(f"family={family!r} is of a component of an original checkpoint: name it, component='vae'")
+    if component is not None and variant is not None:
+        raise ValueError(f"{source} is one file; variant={variant!r} chooses among those of a folder")
+    held = Path(source).parent if os.path.isfile(source) else source
+    if component is not None and os.path.isdir(target) and os.path.samefile(held, target):
+        # What is written there would take its place, with one of its networks.
+        raise ValueError(f"{target}: the folder of {source} itself; name another one")
     found = survey(source, variant) if component is None else survey_original(source, component, family=family)
     check_fits(found, component or "")
     if not found.tensors:
@@ -59,7 +67,23 @@ def rewrite(
     sources = _renamed(found, keys, dtype) if found.model else _kept(found, keys, dtype)
     params = keys == "params" if keys else _is_own(found.tensors)
     config = read_config(Path(source)) if component is None else found.model.config
-    write_folder(target, config, watched(sources, progress), shard_bytes=shard_bytes, params=params)
+    metadata = {"format": "pt"} if component else _metadata(found)
+    sources = watched(sources, progress)
+    write_folder(target, config, sources, shard_bytes=shard_bytes, params=params, metadata=metadata)
+
+
+def _metadata(found: Survey) -> dict[str, str]:
+    """What the source's files say of themselves, the first of them where they differ."""
+    out: dict[str, str] = {}
+    for path in sorted({tensor.path for tensor in found.tensors.values()}, reverse=True):
+        out |= read_header(path)[1]
+    return {"format": "pt"} | out
+
+
+def check_keys(keys: str | None) -> None:
+    """Raises `ValueError` for what is none of `KEYS`, nor None."""
+    if keys not in (None, *KEYS):
+        raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
 
 
 def check_target(target: str | os.PathLike, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from typing import Any
 
@@ -14,15 +15,18 @@ def parse(text: bytes) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises:
-      ValueError: for what is no JSON; NaN and infinities; integers of more than 20 digits, or -0; a name that an object
-        has twice; text with half of a surrogate pair; more than 64 values inside one another.
+      ValueError: for what is no JSON; NaN, infinities and what is rounded to them; integers of more than 20 digits, or
+        -0; a name that an object has twice; text with half of a surrogate pair; more than 64 values inside one another.
     """
     try:
-        whole = json.loads(text.decode(), object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
+        whole = json.loads(text.decode(), **HOOKS)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [whole]
     for _ in range(DEEPEST):
+        for value in level:
+            if isinstance(value, str):
+                value.encode()
         inside = (value.values() if isinstance(value, dict) else value for value in level if _holds(value))
         level = [value for values in inside for value in values]
     if level:
@@ -47,10 +51,8 @@ def _object(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"it has the name {shown(twice)} twice")
-    for name, value in pairs:
+    for name in out:
         name.encode()
-        if isinstance(value, str):
-            value.encode()
     return out
 
 
@@ -60,5 +62,15 @@ def _integer(text):
     return int(text)
 
 
+def _number(text):
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:LONGEST_NUMBER]} is too large")
+    return value
+
+
 def _constant(text):
     raise ValueError(f"{text} is no JSON")
+
+
+HOOKS = dict(object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_constant)

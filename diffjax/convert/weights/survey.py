@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import Survey, find, opened, read_config, read_json
+from diffjax.convert.weights.folder import PICKLES, Survey, find, opened, read_config, read_json, told_of
+from diffjax.convert.weights.names import is_index
 from diffjax.convert.weights.tensors import Tensor
 from diffjax.models import NETWORKS, kind_of
 
@@ -29,7 +30,8 @@ def survey(path: str | os.PathLike, variant: str | None = None) -> Survey:
     path = Path(path)
     folder = path.parent if path.is_file() else path
     config = read_config(path) if not path.is_file() or (folder / "config.json").is_file() else None
-    kind = "" if config is None else kind_of(config)
+    with told_of(path):
+        kind = "" if config is None else kind_of(config)
     held = path.is_file() or bool(variant) or holds_weights(path)
     if kind not in NETWORKS:
         return Survey(path, kind, find(path, variant) if held else {}, None, {}, {}, None)
@@ -38,7 +40,7 @@ def survey(path: str | os.PathLike, variant: str | None = None) -> Survey:
 
 def holds_weights(folder: Path) -> bool:
     """Whether a folder has a file of weights, a pickle as well."""
-    return any(p.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".ckpt")) for p in folder.iterdir())
+    return any(p.name.endswith((".safetensors", *PICKLES)) or is_index(p.name) for p in folder.iterdir())
 
 
 def components(folder: str | os.PathLike) -> dict[str, str]:

@@ -31,7 +31,7 @@ CHUNK = 1 << 17
 OTHERS = {
     rb"version ": "a Git LFS pointer instead of the file: fetch it with `git lfs pull`",
     rb"PK\x03\x04": "a zip file, as PyTorch's pickles are, under another name; it is not opened",
-    rb"\x80[\x02-\x05]": "a pickle under another name, which would run its own code when it is read; it is not opened",
+    rb"\x80[\x02-\x05]": "a pickle under another name, which runs code of its own when it is read; it is not opened",
 }
 DTYPES = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": jnp.dtype("bfloat16"),

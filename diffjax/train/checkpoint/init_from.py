@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffjax.convert.weights.names import PARAMS, weights_of
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.train import paths
 from diffjax.train.checkpoint.params import CHECKPOINTS, RAW
@@ -22,8 +23,6 @@ from diffjax.train.parallel import processes
 from diffjax.train.parts import Parts
 from diffjax.train.state import TrainState, abstract_state, choose_ema, init_params, start_state
 from diffjax.train.survival.workdir import CONFIG_FILE, read_config
-
-WEIGHTS = "params.safetensors"
 
 
 class Leaf(NamedTuple):
@@ -43,15 +42,10 @@ def save_params(folder: str | os.PathLike, params: Mapping) -> Path:
 
     The folder is made where missing, and the file appears in one move.
     """
-    path = Path(folder) / WEIGHTS
+    path = Path(folder) / weights_of(PARAMS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, {name: source_of(leaf) for name, leaf in paths.named_leaves(params).items()}, {})
+    write(path, {name: Source.of(leaf) for name, leaf in paths.named_leaves(params).items()}, {})
     return path
-
-
-def source_of(leaf) -> Source:
-    """An array as what is written, brought to the host when its turn comes."""
-    return Source(np.dtype(leaf.dtype), np.shape(leaf), lambda: np.asarray(leaf))
 
 
 def first_state_from(config: ConfigDict, parts: Parts, state_sharding: TrainState) -> TrainState:

@@ -124,6 +124,18 @@ def test_inspect_lists_the_parts_of_a_pipeline(capsys, folder, tmp_path):
     assert code == 0 and out.startswith(f"pipeline {tmp_path}\n") and len(out.splitlines()) == 5
     assert row(out, "transformer ").split()[0] == "DiTTransformer2DModel" and "each parameter once" in out
     assert row(out, "scheduler").split() == ["DDIMScheduler", "no", "network"]
+    code, out, _ = run(capsys, "inspect", tmp_path, "--values")
+    assert code == 0 and row(out, "NaN or infinite:") == "nothing"
+    arrays = {name: tensor.part() for name, tensor in find(folder).items()}
+    arrays["proj_out_1.weight"][3, 5] = np.nan
+    os.remove(tmp_path / "transformer")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(CONFIG))
+    write(tmp_path / "transformer" / ONE, {name: Source.of(a) for name, a in arrays.items()}, {})
+    code, out, _ = run(capsys, "inspect", tmp_path, "--values")
+    assert code == 1 and row(out, "NaN or infinite:") == "transformer/proj_out_1.weight (1)"
+    code, _, err = run(capsys, "inspect", tmp_path, "--mesh=fsdp=2")
+    assert code == 2 and "--mesh needs one network: name its folder" in err
     index.write_text(json.dumps(parts | {"broken": ["a", "B"]}))
     code, out, _ = run(capsys, "inspect", tmp_path)
     assert code == 1 and "names no class" in row(out, "broken")
@@ -140,6 +152,12 @@ def test_convert_changes_type_and_files_and_nothing_else(capsys, folder, tmp_pat
     whole = load(folder)[1]
     same(load(tmp_path / "half")[1], jax.tree.map(lambda a: a.astype(jnp.bfloat16), whole))
     assert json.loads((tmp_path / "half" / "config.json").read_text()) == CONFIG
+    (tmp_path / "told").mkdir()
+    sources = {name: Source.of(tensor.part()) for name, tensor in find(folder).items()}
+    write(tmp_path / "told" / ONE, sources, {"format": "pt", "by": "me"})
+    (tmp_path / "told" / "config.json").write_text(json.dumps(CONFIG))
+    assert run(capsys, "convert", tmp_path / "told", tmp_path / "told", "--overwrite", "--dtype=float16")[0] == 0
+    assert read_header(tmp_path / "told" / ONE)[1] == {"format": "pt", "by": "me"}
     assert run(capsys, "convert", folder, tmp_path / "again")[0] == 0
     assert (tmp_path / "again" / ONE).read_bytes() == (folder / ONE).read_bytes()
     # In place.
@@ -206,6 +224,10 @@ def test_convert_takes_the_weights_of_a_run(capsys, tmp_path):
         wanted = names_of(load_run(workdir, ema=ema).params)
         assert found.keys() == wanted.keys()
         assert all(found[name].part().tobytes() == np.asarray(leaf).tobytes() for name, leaf in wanted.items())
+    code, _, err = run(capsys, "convert", workdir, tmp_path / "other", "--variant=fp16")
+    assert code == 2 and "is a run, which has no such parts" in err
+    code, _, err = run(capsys, "convert", workdir, workdir, "--overwrite", "--keys=params")
+    assert code == 2 and "is a run, whose config would be replaced" in err
     code, _, err = run(capsys, "convert", workdir, tmp_path / "other")
     assert code == 2 and "'mlp' is of no class that checkpoints have" in err and "--keys=params" in err
     # The same as with --workdir.
@@ -221,7 +243,10 @@ def test_convert_takes_the_weights_of_a_run(capsys, tmp_path):
         (["convert", "{0}", "{1}", "--dtype=int8"], 2, "expected a type of floating point"),
         (["convert", "{0}", "{1}", "--dtype=bf16"], 2, "expected a type of floating point"),
         (["convert", "{0}", "{1}", "--keys=mine"], 2, "unknown keys 'mine'; known: diffusers, params"),
-        (["convert", "{0}", "{1}", "--shard-gb=0"], 2, "expected more than 0"),
+        *((["convert", "{0}", "{1}", f"--shard-gb={n}"], 2, "expected a number above 0") for n in ("0", "inf", "nan")),
+        (["convert", "{0}", "{1}", "--family=sd"], 2, "family='sd' is of a component"),
+        (["convert", "{0}/diffusion_pytorch_model.safetensors", "{1}", "--variant=a"], 2, "chooses among those of"),
+        (["inspect", "{0}/diffusion_pytorch_model.safetensors", "--variant=a"], 2, "chooses among those of a folder"),
         (["convert", "{0}", "{1}", "--variant=fp16"], 2, "no weights with variant 'fp16'"),
         (["convert", "{0}", "{1}", "--ema=raw"], 2, "is no run"),
         (["convert", "{0}", "{1}", "--dtyp=float16"], 2, "did you mean '--dtype'"),

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from diffjax.convert import load, save
-from diffjax.convert.weights import WeightsError, tensors
-from diffjax.convert.weights.folder import find
+from diffjax.convert.weights import WeightsError, survey, tensors
+from diffjax.convert.weights import folder as folders
+from diffjax.convert.weights.folder import find, read_config
 from diffjax.convert.weights.tensors import Source, read_header, write
+from diffjax.convert.weights.write import write_folder
 from diffjax.models import from_config
 
 CONFIG = {
@@ -224,6 +226,8 @@ def test_pickles_are_refused_with_the_reason_and_the_way_out(folder, name, tmp_p
     for path in (folder, folder / name):
         with pytest.raises(WeightsError, match="a pickle, which runs code of its own when it is read; convert it"):
             load(path, config=CONFIG)
+    with pytest.raises(WeightsError, match="a pickle, which runs code of its own"):
+        survey(folder)
     names = sharded((from_config(CONFIG), load_zeros()), folder)
     os.replace(folder / names[0], folder / name)
     set_index(folder, lambda where: where.update({k: name for k, v in where.items() if v == names[0]}))
@@ -270,6 +274,36 @@ def test_links_of_a_cache_lead_out_of_the_folder(network, tmp_path):
         load(snapshot)
 
 
+def test_an_index_under_its_older_name(network, tmp_path):
+    save(*network, tmp_path, variant="fp16", shard_bytes=20_000)
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.rename(tmp_path / "diffusion_pytorch_model.safetensors.fp16.index.json")
+    same(load(tmp_path, variant="fp16")[1], network[1])
+    save(*network, tmp_path, variant="fp16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_a_folder_that_is_replaced_while_it_is_read(network, tmp_path, monkeypatch):
+    names = sharded(network, tmp_path)
+    model, other = network[0], jax.tree.map(lambda a: a + 1, network[1])
+
+    def once(path):
+        monkeypatch.undo()
+        found = read_header(path)
+        save(model, other, tmp_path, shard_bytes=20_000)
+        return found
+
+    monkeypatch.setattr(folders, "read_header", once)
+    with pytest.raises(WeightsError, match="was replaced while it was read; load it again"):
+        load(tmp_path)
+    same(load(tmp_path)[1], other)
+    assert sorted(p.name for p in tmp_path.glob("*-of-*")) == names
+    found = find(tmp_path)
+    sharded(network, tmp_path)
+    with pytest.raises(WeightsError, match="was replaced while it was read; load it again"):
+        next(iter(found.values())).part()
+
+
 def test_what_does_not_fit_the_index_is_refused(network, tmp_path):
     names = sharded(network, tmp_path)
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
@@ -313,7 +347,7 @@ def test_what_does_not_fit_the_index_is_refused(network, tmp_path):
         ("{}", "names no class"),
         ('{"_class_name": "Gone"}', "a 'Gone', which is not known here"),
         ('{"_class_name": "DiTTransformer2DModel", "num_layer": 2}', "did you mean 'num_layers'"),
-        ('{"_class_name": "DiTTransformer2DModel", "num_layers": 1000000000}', "layers; at most"),
+        ('{"_class_name": "DiTTransformer2DModel", "num_layers": 1000000000}', "'num_layers'=1000000000; at most"),
         ('{"_class_name": "DiTTransformer2DModel", "attention_head_dim": 9999999999999999999}', "of another shape"),
         ('{"_class_name": "DiTTransformer2DModel", "num_layers": -1}', "not the parameters of its"),
         ('{"_class_name": "DiTTransformer2DModel", "patch_size": "2"}', "expected int"),
@@ -324,6 +358,39 @@ def test_a_config_that_describes_nothing(folder, text, words):
     with pytest.raises(ValueError, match=words) as error:
         load(folder)
     assert len(str(error.value)) < 2000
+
+
+BLOCKS = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [32]}
+
+
+@pytest.mark.parametrize(
+    "config, key",
+    [
+        ({"_class_name": "UNet2DModel", **BLOCKS, "layers_per_block": 10**8}, "layers_per_block"),
+        ({"_class_name": "UNet2DConditionModel", "transformer_layers_per_block": [1, [1, 10**8]]}, "transformer_lay"),
+        ({"_class_name": "AutoencoderKL", "layers_per_block": 10**8}, "layers_per_block"),
+        ({"_class_name": "ControlNetModel", "layers_per_block": 10**8}, "layers_per_block"),
+        ({"_class_name": "T2IAdapter", "num_res_blocks": 10**8}, "num_res_blocks"),
+        ({"_class_name": "SD3Transformer2DModel", "dual_attention_layers": [0, 10**8]}, "dual_attention_layers"),
+        ({"_class_name": "UNet2DModel", "block_out_channels": [32] * 10_001}, "block_out_channels"),
+    ],
+    ids=lambda value: value["_class_name"] if isinstance(value, dict) else value,
+)
+def test_a_config_that_would_build_for_hours(folder, config, key):
+    with pytest.raises(WeightsError, match=f"^{folder}: its config has '{key}.*at most 10000 are built"):
+        load(folder, config=config)
+
+
+def test_what_is_wrong_is_told_with_the_folder(folder):
+    for config in ({"_class_name": "DiTTransformer2DModel", "num_layer": 2}, {}, {"_class_name": "Gone"}):
+        with pytest.raises(WeightsError, match=f"^{folder}: "):
+            load(folder, config=config)
+
+
+def test_names_are_shown_on_one_line(folder):
+    rewrite(folder / ONE, lambda arrays: arrays.update({"a\nb\x1b[31m": np.zeros(2)}))
+    with pytest.raises(WeightsError, match=re.escape(r"1 unexpected: a\nb\x1b[31m")):
+        load(folder)
 
 
 def test_folders_that_are_none(folder, tmp_path):
@@ -363,6 +430,73 @@ def test_a_full_disk_leaves_the_old_folder_whole(network, tmp_path, monkeypatch,
     same(load(tmp_path)[1], params)
 
 
+def weights(start, **config):
+    """A config, and four tensors of 8 bytes that start with this number."""
+    arrays = {name: np.arange(start, start + 2, dtype=np.float32) for name in "abcd"}
+    return {"_class_name": "Other", **config}, {name: Source.of(array) for name, array in arrays.items()}
+
+
+def content(folder):
+    """What a reader finds in a folder; None for one that it refuses."""
+    try:
+        return read_config(folder), {name: tensor.part().tolist() for name, tensor in find(folder).items()}
+    except (WeightsError, FileNotFoundError):
+        return None
+
+
+SIZES = {"one": 100, "several": 8, "two": 16}
+
+
+@pytest.mark.parametrize("config", ["same", "another"])
+@pytest.mark.parametrize("new", SIZES)
+@pytest.mark.parametrize("old", [*SIZES, "none"])
+def test_whenever_it_is_stopped_one_set_is_whole(tmp_path, monkeypatch, old, new, config):
+    """A copy of the folder is taken before each change of it, and each change but the first fails once."""
+    (tmp_path / "start").mkdir()
+    if old != "none":
+        write_folder(tmp_path / "start", *weights(0), shard_bytes=SIZES[old])
+    before, given = content(tmp_path / "start"), weights(5, **({"more": 1} if config == "another" else {}))
+    write_folder(tmp_path / "wanted", *given, shard_bytes=SIZES[new])
+    wanted, names = content(tmp_path / "wanted"), sorted(p.name for p in (tmp_path / "wanted").iterdir())
+    seen, real = [], {name: getattr(os, name) for name in ("replace", "unlink", "link")}
+
+    def run(folder, broken=None):
+        count = iter(range(100))
+
+        def step(name, *rest):
+            if next(count) == broken:
+                raise OSError(errno.EIO, "broken")
+            if broken is None:
+                seen.append(content(shutil.copytree(folder, tmp_path / f"seen{len(seen)}")))
+            return real[name](*rest)
+
+        for name in real:
+            monkeypatch.setattr(os, name, lambda *rest, name=name: step(name, *rest))
+        try:
+            write_folder(folder, *given, shard_bytes=SIZES[new])
+        finally:
+            monkeypatch.undo()
+
+    run(shutil.copytree(tmp_path / "start", tmp_path / "killed"))
+    assert content(tmp_path / "killed") == wanted
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == names
+    # Without a config nothing is read.
+    away = [None] if config == "another" or old == "none" else []
+    assert all(found in (before, wanted, *away) for found in seen)
+    assert seen[0] == before and len(seen) >= 1 + (new != "one")
+    for i in range(len(seen)):
+        folder = shutil.copytree(tmp_path / "start", tmp_path / f"broken{i}")
+        try:
+            run(folder, broken=i)
+        except OSError:
+            assert content(folder) in (before, wanted, *away)
+        else:  # no links in this file system: the index has the names
+            assert content(folder) == wanted
+        write_folder(folder, *given, shard_bytes=SIZES[new])
+        assert content(folder) == wanted
+        assert sorted(p.name for p in folder.iterdir()) == names
+
+
 def test_a_file_cannot_take_the_place_of_a_folder(network, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
@@ -371,10 +505,10 @@ def test_a_file_cannot_take_the_place_of_a_folder(network, tmp_path):
 
 def test_parameters_of_another_network_are_not_saved(network, tmp_path):
     model, params = network
-    with pytest.raises(WeightsError, match="not those of this DiTTransformer2DModel: more"):
+    with pytest.raises(WeightsError, match="not those of this network: missing nothing, unexpected more"):
         save(model, params | {"more": np.zeros(2)}, tmp_path)
     wrong = params | {"proj_out_1": jax.tree.map(lambda a: a[1:], params["proj_out_1"])}
-    with pytest.raises(WeightsError, match="not those of this DiTTransformer2DModel: proj_out_1/bias"):
+    with pytest.raises(WeightsError, match="wrong shapes: proj_out_1/bias"):
         save(model, wrong, tmp_path)
     with pytest.raises(ValueError, match="expected at least 1"):
         save(model, params, tmp_path, shard_bytes=0)

@@ -6,6 +6,7 @@ Names and shapes are those that the authors' code gives, the results those of di
 import gzip
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def test_tensors_are_diffusers_bit_for_bit(tmp_path, case):
     assert got == wanted
 
 
-@pytest.mark.parametrize("case", ["tiny-vae", "tiny-sd3", "tiny-flux"])
+@pytest.mark.parametrize(
+    "case", ["tiny-vae", pytest.param("tiny-sd", marks=pytest.mark.slow), "tiny-sdxl", "tiny-sd3", "tiny-flux"]
+)
 def test_what_is_written_is_what_was_read(tmp_path, case):
     path = file_of(tmp_path, drawn(case))
     save_original(*load_original(path, component_of(case), config=CONVERTED[case]["config"]), tmp_path / "again")
@@ -161,7 +164,7 @@ def test_of_a_fused_tensor_only_the_part_is_read(tmp_path, monkeypatch):
     # Half of exchanged halves is one of them.
     swapped = found.tensors["norm_out.linear.weight"]
     swapped.part((slice(0, 32),))
-    assert sum(size for _, size in read) == swapped.nbytes // 2
+    assert sum(size for _, size in read) == 4 * math.prod(swapped.shape) // 2
 
 
 def test_text_encoders_under_the_names_of_transformers(tmp_path):
@@ -199,6 +202,35 @@ def test_a_lone_autoencoder_needs_its_family(tmp_path):
     assert model.config["scaling_factor"] == 0.13025
 
 
+def test_names_and_shapes_that_no_network_has(tmp_path):
+    convolution, tower = np.zeros((4, 4, 3, 3), np.float32), "text_encoders.clip_g.transformer"
+    for tensors, words in (
+        ({"input_blocks.0.0.weight": convolution, "input_blocks.99999999999.x": convolution}, "not numbered through"),
+        ({"encoder.down.0.block.0.conv1.weight": convolution, "decoder.conv_in.weight": np.float32(1)}, "give family="),
+        ({"encoder.down.0.block.0.conv1.weight": convolution}, "give family="),
+        ({f"{tower}.text_model.embeddings.position_embedding.weight": convolution}, "no config"),
+    ):
+        path = file_of(tmp_path, {name: np.asarray(array) for name, array in tensors.items()})
+        component = next(iter(original_components(path).parts))
+        with pytest.raises(WeightsError, match=f"{path}: .*{words}"):
+            load_original(path, component)
+    config = {"architectures": ["CLIPTextModelWithProjection"], "hidden_size": 4, "num_attention_heads": 1}
+    config |= {"num_hidden_layers": 1, "intermediate_size": 4, "vocab_size": 3}
+    with pytest.raises(WeightsError, match=f"{path}: .*missing"):
+        load_original(path, "text_encoder_2", config=config)
+    path = file_of(tmp_path, {f"cond_stage_model.model.transformer.resblocks.{'9' * 5000}.a": convolution} | {
+        "cond_stage_model.model.positional_embedding": convolution
+    })  # fmt: skip
+    assert list(original_components(path).parts) == ["text_encoder"]
+
+
+@pytest.mark.parametrize("config", [{"num_layers": 10**9}, {"num_layer": 1}, {"dual_attention_layers": [0, 10**9]}])
+def test_a_wrong_config_is_told_with_the_file(tmp_path, config):
+    path = file_of(tmp_path, drawn("tiny-sd3"))
+    with pytest.raises(WeightsError, match=f"^{path}: .*{next(iter(config))}"):
+        load_original(path, "transformer", config=CONVERTED["tiny-sd3"]["config"] | config)
+
+
 def test_a_folder_is_written_and_read(tmp_path, capsys):
     from diffjax import cli
 
@@ -211,5 +243,17 @@ def test_a_folder_is_written_and_read(tmp_path, capsys):
     _, wanted = load_original(path, "vae", param_dtype="float16")
     for name, leaf in names_of(params).items():
         assert np.asarray(leaf).tobytes() == np.asarray(names_of(wanted)[name]).tobytes(), name
-    assert cli.main(["convert", str(path), str(tmp_path / "x")]) != 0
-    assert "--component=" in capsys.readouterr().err
+    for argv, words in (
+        ([str(path), str(tmp_path / "x")], "--component="),
+        ([str(path), str(tmp_path / "x"), "--component=vae", "--variant=fp16"], "variant='fp16' chooses among"),
+        ([str(path), str(tmp_path), "--component=vae", "--overwrite"], "itself; name another one"),
+    ):
+        before = path.read_bytes()
+        assert cli.main(["convert", *argv]) == 2 and words in capsys.readouterr().err
+        assert path.read_bytes() == before and not (tmp_path / "x").exists()
+    lone = {name.removeprefix("first_stage_model."): a for name, a in drawn("tiny-vae").items()}
+    (tmp_path / "lone").mkdir()
+    lone = file_of(tmp_path / "lone", lone)
+    # The only network of a file need not be named.
+    assert cli.main(["convert", str(lone), str(tmp_path / "y"), "--family=sd"]) == 0
+    assert json.loads((tmp_path / "y" / "config.json").read_text())["scaling_factor"] == 0.18215

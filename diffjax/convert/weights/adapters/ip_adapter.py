@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffjax.adapters.ip_adapter import Adapter, Keys, attentions, nested, projection
+from diffjax.adapters.ip_adapter import Adapter, Keys, attentions, projection
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.folder import check_dtype, compare, find, some, type_of
 from diffjax.convert.weights.layout import Place, layout, place, read, split
 from diffjax.convert.weights.tensors import Source, Tensor, write
 from diffjax.core.types import Model
-from diffjax.nn.functional import names_of
+from diffjax.nn.functional import names_of, nested
 
 PROJECTION = "image_proj."
 FACES = re.compile(r"^ip_adapter\.\d+\.to_\w+_lora\.")

@@ -130,7 +130,8 @@ def _family(places, tensors):
         return unet.family({n.removeprefix(prefix): t.shape for n, t in tensors.items() if n.startswith(prefix)})
     prefix = places.get("vae", ("",))[0]
     # Unpacked, both come with networks; alone, one with 16 channels is that of FLUX.1 if nothing is in front.
-    alone = "vae" in places and not prefix and tensors["decoder.conv_in.weight"].shape[1] == 16
+    held = tensors.get("decoder.conv_in.weight")
+    alone = "vae" in places and not prefix and held is not None and held.shape[1:2] == (16,)
     return "flux" if alone else ""
 
 
@@ -145,5 +146,5 @@ def _of(family, component, kind):
 
 def _unused_layer(names) -> list[str]:
     """The last layer of OpenCLIP's tower in Stable Diffusion 2, which takes the states in front of it."""
-    layers = {int(match[1]) for name in names if (match := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
+    layers = {int(match[1]) for name in names if (match := re.match(r"transformer\.resblocks\.(\d{1,9})\.", name))}
     return [name for name in names if name.startswith(f"transformer.resblocks.{max(layers)}.")] if layers else []

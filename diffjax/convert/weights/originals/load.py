@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import Survey, build, check_dtype, check_fits, compare, match, parameters
+from diffjax.convert.weights.folder import Survey, build, check_dtype, check_fits, compare, match, parameters, told_of
 from diffjax.convert.weights.layout import layout
 from diffjax.convert.weights.originals import flux, mmdit, text, unet, vae
 from diffjax.convert.weights.originals.contents import Contents, Part, flat, original_components
@@ -65,25 +65,28 @@ def survey_original(
     if component not in contents.parts:
         known = ", ".join(contents.parts) or "it is none of Stable Diffusion or FLUX.1 under their authors' names"
         raise WeightsError(f"{path}: no component {component!r}; it has: {known}")
-    part = contents.parts[component]
+    with told_of(contents.path):
+        return _surveyed(contents, component, config, family, how)
+
+
+def _surveyed(contents: Contents, component: str, config, family, how) -> Survey:
+    path, part = contents.path, contents.parts[component]
     given = infer(contents, component, family) if config is None else _named(config, part.kind)
     kind = kind_of(given)
     if kind != part.kind:
         raise WeightsError(f"{path}: {component} is a {part.kind}, and the config that of a {kind}")
-    model, tree = build(given, contents.path, **how)
+    model, tree = build(given, path, **how)
     shapes = names_of(tree)
     naming = naming_of(part, component, given)
     if naming is None:
         places, tensors = match(kind, _projected(part), shapes)
-        report = compare(places, tensors, shapes)
-        return Survey(contents.path, kind, tensors, model, shapes, places, report)
+        return Survey(path, kind, tensors, model, shapes, places, compare(places, tensors, shapes))
     places = layout(shapes)
     slots = arrange(naming, {key: place.shape for place in places.values() for key in place.keys})
     report = fit(slots, part.tensors)
     tensors = {} if any(report) else cut(slots, part.tensors)
-    return Survey(
-        contents.path, kind, tensors, model, shapes, places, compare(places, tensors, shapes) if tensors else report
-    )
+    report = compare(places, tensors, shapes) if tensors else report
+    return Survey(path, kind, tensors, model, shapes, places, report)
 
 
 def infer(contents: Contents, component: str, family: str | None = None) -> dict[str, Any]:
@@ -138,6 +141,8 @@ def _projected(part):
     """The tensors, with the projection of Stable Diffusion 3's first tower, which its files lack: there is none."""
     if part.kind != "CLIPTextModelWithProjection" or "text_projection.weight" in part.tensors:
         return part.tensors
-    tokens = next(t for name, t in part.tensors.items() if name.endswith("token_embedding.weight"))
+    tokens = next((t for name, t in part.tensors.items() if name.endswith("token_embedding.weight")), None)
+    if tokens is None or len(tokens.shape) != 2:
+        return part.tensors
     unit = Unit(tokens.path, jnp.dtype(tokens.dtype), (tokens.shape[1], tokens.shape[1]))
     return {**part.tensors, "text_projection.weight": unit}

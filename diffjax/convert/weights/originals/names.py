@@ -15,9 +15,6 @@ from diffjax.convert.weights.folder import Report
 from diffjax.convert.weights.originals.views import Joined, rows
 from diffjax.convert.weights.tensors import Tensor
 
-# How a tensor lies there: as it is; with the upper and the lower half of its rows exchanged; transposed; a matrix as a
-# convolution of one pixel.
-WAYS = ("", "swap", "turn", "pixels")
 TOKENS = {"#": r"(\d+)", "*": "(weight|bias)", "~": "(.+)"}
 
 
@@ -27,7 +24,8 @@ class Cut(NamedTuple):
     Attributes:
       name: of the tensor there, without the prefix of its component.
       part: its number among the tensors that lie there below one another.
-      way: one of `WAYS`.
+      way: how it lies there: "" as it is; "swap" with the upper and the lower half of its rows exchanged; "turn"
+        transposed; "pixels" a matrix as a convolution of one pixel.
     """
 
     name: str
@@ -45,7 +43,7 @@ class Slot(NamedTuple):
       shape: that it must have.
       names: of the network's tensors in it, from above.
       sizes: the rows of each.
-      way: one of `WAYS`.
+      way: as of `Cut`.
     """
 
     shape: tuple[int, ...]
@@ -104,13 +102,10 @@ def _slot(theirs, held, shapes):
 
 def fit(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor]) -> Report:
     """How the tensors of a file differ from those that are wanted, by the file's names."""
-    both = sorted(slots.keys() & tensors.keys())
-    misshapen = [(name, tensors[name].shape, slots[name].shape) for name in both]
-    return Report(
-        tuple(sorted(slots.keys() - tensors.keys())),
-        tuple(sorted(tensors.keys() - slots.keys())),
-        tuple(row for row in misshapen if _plain(row[1], slots[row[0]].way) != _plain(row[2], slots[row[0]].way)),
-    )
+    held = {
+        name: t._replace(shape=_plain(t.shape, slots[name].way)) if name in slots else t for name, t in tensors.items()
+    }
+    return Report.of({name: (_plain(slot.shape, slot.way), None) for name, slot in slots.items()}, held)
 
 
 def _plain(shape, way):

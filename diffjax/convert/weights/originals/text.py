@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffjax.convert.weights.originals.names import Naming, table
+from diffjax.models import kind_of
 
 HEAD = 64  # channels of a head in all of them
-LAST = "encoder.layers.#"
 
 
 def naming(config: Mapping[str, Any]) -> Naming:
     """OpenCLIP's names of a `CLIPTextModel`, or one with a projection."""
-    projected = config["architectures"][0] == "CLIPTextModelWithProjection"
+    projected = kind_of(config) == "CLIPTextModelWithProjection"
     tower = "text_model." if projected else ""
     ours, theirs = f"{tower}encoder.layers.#", "transformer.resblocks.#"
     attention = [f"{ours}.self_attn.{name}_proj" for name in "qkv"]

@@ -77,8 +77,10 @@ def config(shapes: Mapping[str, tuple[int, ...]], family: str) -> dict[str, Any]
 def _levels(shapes, blocks):
     """Width, layers and depth of the transformers of each level: blocks up to a downsampler, the first one left out."""
     levels: list[dict[str, int]] = [{"width": 0, "layers": 0, "depth": 0}]
-    count = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(f"{blocks}.")), default=0)
-    for i in range(1, count):
+    numbers = sorted({int(name.split(".")[1]) for name in shapes if name.startswith(f"{blocks}.")})
+    if numbers != list(range(len(numbers))):
+        raise WeightsError(f"{blocks} are not numbered through from 0")
+    for i in numbers[1:]:
         convolution = shapes.get(f"{blocks}.{i}.0.in_layers.2.weight")
         if convolution:
             level = levels[-1]

@@ -36,10 +36,6 @@ class Joined(NamedTuple):
         shape = (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
         return shape[::-1] if self.turned else shape
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
     def part(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """As `Tensor.part`."""
         out = np.empty([part.stop - part.start for part in bounds(index, self.shape)], self.dtype)
@@ -65,10 +61,6 @@ class Unit(NamedTuple):
     path: Path
     dtype: np.dtype
     shape: tuple[int, int]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def part(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """As `Tensor.part`."""
