@@ -201,6 +201,6 @@ def test_stable_diffusion_draws_the_same_images(tmp_path):
         shapes = names_of(jax.eval_shape(model.init, jax.random.key(0)))
         drawn = {key: (key, place.shape) for place in layout(shapes).values() for key in place.keys}
         arrays = {key: networks.weight(*given) for key, given in drawn.items()}
-        sources = {key: Source(a.dtype, a.shape, lambda a=a: a) for key, a in arrays.items()}
+        sources = {key: Source.of(a) for key, a in arrays.items()}
         write(path.parent / "model.safetensors", sources, {})
     check(folder)

@@ -108,7 +108,7 @@ def save_official_dit(model: Model, params: dict, path: str | os.PathLike) -> No
     if {name: tuple(leaf.shape) for name, leaf in names_of(params).items()} != wanted:
         raise WeightsError(f"{path}: params are not those of this dit")
     arrays = to_official(jax.tree.map(np.asarray, params), config["shape"][0], config["shape"][2], config["patch"])
-    sources = {name: Source(a.dtype, a.shape, lambda a=a: np.ascontiguousarray(a)) for name, a in arrays.items()}
+    sources = {name: Source.of(a) for name, a in arrays.items()}
     write(path, sources, {"format": "pt"})
 
 

@@ -83,7 +83,7 @@ def test_inspect_says_what_does_not_fit(capsys, folder, tmp_path):
     arrays = {name: tensor.part() for name, tensor in find(folder).items()}
     arrays["more"] = arrays.pop("proj_out_1.bias")
     arrays["proj_out_1.weight"][3, 5] = np.nan
-    write(tmp_path / ONE, {k: Source(a.dtype, a.shape, lambda a=a: a) for k, a in arrays.items()}, {})
+    write(tmp_path / ONE, {k: Source.of(a) for k, a in arrays.items()}, {})
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     code, out, _ = run(capsys, "inspect", tmp_path)
     assert code == 1
@@ -103,7 +103,7 @@ def test_inspect_says_what_does_not_fit(capsys, folder, tmp_path):
 def test_values_that_are_no_numbers_are_counted(tmp_path):
     arrays = {"a": np.arange(5, dtype=np.int32), "b": np.array(np.inf, np.float16), "c": np.full((2, 3), np.nan)}
     arrays["d"], arrays["e"] = arrays["c"].astype(jnp.bfloat16), np.zeros((0, 3), np.float32)
-    write(tmp_path / "a.safetensors", {k: Source(a.dtype, a.shape, lambda a=a: a) for k, a in arrays.items()}, {})
+    write(tmp_path / "a.safetensors", {k: Source.of(a) for k, a in arrays.items()}, {})
     found = {name: unusual(tensor) for name, tensor in read_header(tmp_path / "a.safetensors")[0].items()}
     assert found == {"a": 0, "b": 1, "c": 6, "d": 6, "e": 0}
 
@@ -196,7 +196,7 @@ def test_convert_takes_classes_that_are_not_known(capsys, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"architectures": ["Other"]}')
     name = "model.safetensors"
-    write(tmp_path / "other" / name, {k: Source(a.dtype, a.shape, lambda a=a: a) for k, a in arrays.items()}, {})
+    write(tmp_path / "other" / name, {k: Source.of(a) for k, a in arrays.items()}, {})
     assert run(capsys, "convert", tmp_path / "other", tmp_path / "half", "--dtype=float16")[0] == 0
     found = read_header(tmp_path / "half" / name)[0]
     assert found["a.weight"].dtype == np.float16 and found["n"].dtype == np.int64

@@ -65,7 +65,7 @@ def rewrite(path, change):
     """The file again with its tensors, `{name: array}`, as `change` leaves them."""
     arrays = {name: tensor.part() for name, tensor in read_header(path)[0].items()}
     change(arrays)
-    write(path, {k: Source(a.dtype, a.shape, lambda a=a: a) for k, a in arrays.items()}, {})
+    write(path, {k: Source.of(a) for k, a in arrays.items()}, {})
 
 
 def set_index(folder, change):

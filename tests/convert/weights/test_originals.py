@@ -39,7 +39,7 @@ def component_of(case):
 
 
 def file_of(folder, tensors, name="model.safetensors"):
-    sources = {key: Source(a.dtype, a.shape, lambda a=a: a) for key, a in tensors.items()}
+    sources = {key: Source.of(a) for key, a in tensors.items()}
     write(folder / name, sources, {})
     return folder / name
 

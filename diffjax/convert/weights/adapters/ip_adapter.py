@@ -114,5 +114,5 @@ def save_ip_adapter(adapter: Adapter, model: Model, path: str | os.PathLike) -> 
     tensors = {}
     for name, where in places.items():
         for key, array in split(where, np.asarray(leaves[name])).items():
-            tensors[key] = Source(array.dtype, array.shape, lambda array=array: array)
+            tensors[key] = Source.of(array)
     write(path, tensors, {"format": "pt"})

@@ -181,8 +181,7 @@ def save_lora(adapter: Adapter, model: Model, path: str | os.PathLike, *, compon
             continue
         held[module] = layer
         for slot, array in zip("AB", _tensors(adapter, target, layer.rank), strict=True):
-            read = lambda array=array: array
-            tensors[f"{prefix}{module}.lora_{slot}.weight"] = Source(array.dtype, array.shape, read)
+            tensors[f"{prefix}{module}.lora_{slot}.weight"] = Source.of(array)
     if not held:
         raise WeightsError(f"{path}: the adapter has no layers")
     config = {f"{prefix}{name}": value for name, value in _peft_config(held, adapter.use_rslora).items()}

@@ -82,4 +82,4 @@ def save_textual_inversion(rows: Mapping[str, np.ndarray], path: str | os.PathLi
     if len(rows) != 1:
         raise WeightsError(f"{path}: {len(rows)} tokens; a file holds one")
     arrays = {token: np.asarray(leaf) for token, leaf in rows.items()}
-    write(path, {token: Source(a.dtype, a.shape, lambda a=a: a) for token, a in arrays.items()}, {"format": "pt"})
+    write(path, {token: Source.of(a) for token, a in arrays.items()}, {"format": "pt"})
