@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.official_dit import load_official_dit, positions, save_official_dit, to_official
+from diffjax.convert.weights.official_dit import load_official_dit, positions, save_official_dit
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.models import MODELS, preset
+from diffjax.nn.functional import names_of
 from diffjax.registry import build
 
 GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "official_dit.npz"
@@ -60,20 +61,17 @@ def check(path, run, tmp_path):
     gradients, out = jax.jit(jax.grad(total, has_aux=True))(params)
     assert np.std(run["out"]) > 1e-3
     np.testing.assert_allclose(out, run["out"], **TOLERANCE)
-    for name, value in to_official(gradients, *sizes(model), jnp).items():
+    save_official_dit(model, gradients, tmp_path / "gradients.safetensors")
+    for name, value in read_header(tmp_path / "gradients.safetensors")[0].items():
         if name != "pos_embed":
             truth = run[f"gradient/{name}"]
             limit = 2e-5 + 1e-4 * np.abs(truth).max()
-            np.testing.assert_allclose(value, truth, rtol=1e-4, atol=limit, err_msg=name)
+            np.testing.assert_allclose(value.part(), truth, rtol=1e-4, atol=limit, err_msg=name)
     save_official_dit(model, params, tmp_path / "again.safetensors")
     ours, theirs = (read_header(where)[0] for where in (tmp_path / "again.safetensors", path))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].part().tobytes() == tensor.part().tobytes(), name
-
-
-def sizes(model):
-    return model.config["shape"][0], model.config["shape"][2], model.config["patch"]
 
 
 def test_output_gradients_and_bytes_are_those_of_pytorch(run, file, tmp_path):
@@ -91,11 +89,10 @@ def test_sizes_of_the_paper(name, millions):
     settings = dict(shape=(32, 32, 4), num_classes=1000, extra_out=4, time_scale=1.0)
     model = build(preset(f"dit_{name}_2"), MODELS, "model", **settings)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    official = jax.eval_shape(lambda params: to_official(params, 32, 4, 2, jnp), shapes)
-    count = sum(leaf.size for leaf in official.values())
-    assert round((count - official["pos_embed"].size) / 1e6) == millions
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert round(count / 1e6) == millions
     # What the released code prints counts the positions.
-    assert name != "xl" or count == 675_129_632
+    assert name != "xl" or count + 256 * 1152 == 675_129_632
 
 
 def test_positions_may_be_left_out_and_no_other_tensor(arrays, tmp_path):
@@ -121,3 +118,50 @@ def test_what_is_no_official_network(arrays, file, tmp_path):
     model = MODELS["dit"](shape=(8, 8, 3), num_classes=5, width=16, depth=1, heads=2)
     with pytest.raises(WeightsError, match="the official DiT has no time_scale=1000.0"):
         save_official_dit(model, {}, tmp_path / "c.safetensors")
+
+
+def test_parameters_lie_where_they_are_asked_to(file):
+    devices = jax.devices()[:2]
+    mesh = jax.sharding.Mesh(np.array(devices), ("a",))
+    last = lambda leaf: jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), "a")
+    split = lambda model, shapes: jax.tree.map(lambda leaf: jax.sharding.NamedSharding(mesh, last(leaf)), shapes)
+    model, plain = load_official_dit(file, heads=2)
+    _, params = load_official_dit(file, heads=2, sharding=split, param_dtype="bfloat16")
+    for name, leaf in names_of(params).items():
+        assert leaf.dtype == jnp.bfloat16 and len(leaf.sharding.device_set) == len(devices)
+        np.testing.assert_array_equal(leaf, names_of(plain)[name].astype(jnp.bfloat16), err_msg=name)
+
+
+WRONG = {
+    "int8": (lambda t: t, dict(param_dtype="int8"), "param_dtype='int8': expected a type of floating point"),
+    "bf16": (lambda t: t, dict(param_dtype="bf16"), "param_dtype='bf16': expected a type of floating point"),
+    "far": (
+        lambda t: t | {"blocks.1000000000000.attn.qkv.weight": t["blocks.0.attn.qkv.weight"]}, {},
+        "10 missing: blocks.2.adaLN_.*; 1 unexpected: blocks.1000000000000.attn",
+    ),
+    "square": (
+        lambda t: {k.replace("blocks.1", "blocks.\u00b2"): v for k, v in t.items()}, {},
+        "10 unexpected: blocks.\u00b2.adaLN_modulation.1.bias",
+    ),
+    "empty": (
+        lambda t: t | {"x_embedder.proj.weight": np.zeros((16, 3, 0, 0))}, {}, "the shape .16, 3, 0, 0., of no numbers"
+    ),
+    "vector": (lambda t: t | {"blocks.0.mlp.fc1.weight": np.zeros(2)}, {}, "not an official DiT: not enough values"),
+    "whole": (
+        lambda t: t | {"blocks.0.mlp.fc1.weight": t["blocks.0.mlp.fc1.weight"].astype(np.int32)}, {},
+        "1 of another type: blocks.0.mlp.up.weight int32 instead of float32",
+    ),
+    "heads": (lambda t: t, dict(heads=3), "dit.safetensors: dit: heads=3 does not divide"),
+    "oblong": (
+        lambda t: t | {"x_embedder.proj.weight": np.zeros((16, 3, 2, 4), np.float32)}, {},
+        r"x_embedder.proj.weight .16, 3, 2, 4. instead of .16, 3, 2, 2.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_files_that_are_refused(name, arrays, tmp_path):
+    change, settings, message = WRONG[name]
+    save(tmp_path / "dit.safetensors", change(arrays))
+    with pytest.raises(ValueError, match=message):
+        load_official_dit(tmp_path / "dit.safetensors", **{"heads": 2, **settings})

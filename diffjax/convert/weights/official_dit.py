@@ -9,45 +9,81 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import Report, find
-from diffjax.convert.weights.tensors import Source, write
+from diffjax.convert.weights.folder import Survey, check_dtype, check_fits, compare, find, parameters
+from diffjax.convert.weights.layout import Place, place
+from diffjax.convert.weights.originals.names import Slot, arrange, cut, fit, table
+from diffjax.convert.weights.originals.save import source_of
+from diffjax.convert.weights.strict import shown
+from diffjax.convert.weights.tensors import Source, Tensor, bounds, write
+from diffjax.convert.weights.write import cast, tensors_of
 from diffjax.core.types import Model
 from diffjax.models import dit
 from diffjax.nn.functional import names_of
 
 # By the width of the paper's networks: S, B, L, XL.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-ENDS = {
-    "cond/hidden": "t_embedder.mlp.0", "cond/out": "t_embedder.mlp.2",
-    "modulation": "final_layer.adaLN_modulation.1", "out": "final_layer.linear",
-}  # fmt: skip
-LAYERS = {
-    "attention/qkv": "attn.qkv", "attention/out": "attn.proj", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2",
-}  # fmt: skip
-# Shift, scale and gate of attention, then those of the perceptron.
-HALVES = ("modulation", "mlp/modulation")
-POSITIONS = "pos_embed"
+PATCHES, POSITIONS = "x_embedder.proj.weight", "pos_embed"
+# Of a block there: shift, scale and gate of attention, then those of the perceptron.
+NAMING = table((
+    (PATCHES, "inp.weight"),
+    ("x_embedder.proj.bias", "inp.bias"),
+    ("t_embedder.mlp.0.*", "cond.hidden.*"),
+    ("t_embedder.mlp.2.*", "cond.out.*"),
+    ("y_embedder.embedding_table.weight", "cond.label.weight"),
+    ("blocks.#.attn.qkv.*", "blocks.#.attention.qkv.*"),
+    ("blocks.#.attn.proj.*", "blocks.#.attention.out.*"),
+    ("blocks.#.mlp.fc1.*", "blocks.#.mlp.up.*"),
+    ("blocks.#.mlp.fc2.*", "blocks.#.mlp.down.*"),
+    ("blocks.#.adaLN_modulation.1.*", "blocks.#.modulation.* blocks.#.mlp.modulation.*"),
+    ("final_layer.adaLN_modulation.1.*", "modulation.*"),
+    ("final_layer.linear.*", "out.*"),
+))  # fmt: skip
+
+
+class Patches(NamedTuple):
+    """The convolution of patches `[width, C, side, side]` as a matrix `[width, side * side * C]`, channels last."""
+
+    tensor: Tensor
+
+    @property
+    def path(self) -> Path:
+        return self.tensor.path
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tensor.shape[0], math.prod(self.tensor.shape[1:])
+
+    def fill(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+        """As `Tensor.fill`."""
+        rows, columns = bounds(index, self.shape)
+        part = self.tensor.part((rows,)).transpose(0, 2, 3, 1)
+        out[...] = part.reshape(len(part), -1)[:, columns]
 
 
 def load_official_dit(
-    path: str | os.PathLike, *, heads: int | None = None, param_dtype: str | None = None, **how
-) -> tuple[Model, dict]:
+    path: str | os.PathLike, *, heads: int | None = None, param_dtype: str | None = None,
+    sharding: Callable[[Model, dict], Any] | None = None, **how,
+) -> tuple[Model, dict]:  # fmt: skip
     """The network of an official checkpoint of DiT or SiT, and its parameters.
 
     Args:
       path: a safetensors file with the state dict. The published files are pickles: convert them where you trust them,
         `safetensors.torch.save_file(torch.load(PATH, weights_only=True), "dit.safetensors")` (SiT: of its `"ema"`).
       heads: of attention, which the file does not tell; None for those of the paper's network of this width.
-      param_dtype: of the parameters; None for that of the file.
+      param_dtype, sharding: as for `load`.
       how: how the network is computed, settings of `diffjax.models.dit` such as `dtype`, `scan`, `remat`.
 
     Returns:
@@ -60,56 +96,99 @@ def load_official_dit(
       ValueError: for settings that make no network.
       OSError: if the file cannot be read.
     """
-    path = Path(path)
+    check_dtype("param_dtype", param_dtype)
+    found = _surveyed(Path(path), heads, how)
+    check_fits(found)
+    return found.model, parameters(found, param_dtype, sharding)
+
+
+def _surveyed(path: Path, heads: int | None, how: Mapping[str, Any]) -> Survey:
     tensors = find(path)
-    model = dit(**_settings(path, {name: tensor.shape for name, tensor in tensors.items()}, heads), **how)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    wanted = {name: tuple(leaf.shape) for name, leaf in _official_shapes(model, shapes).items()}
+    settings = _settings(path, {name: tensor.shape for name, tensor in tensors.items()}, heads)
+    try:
+        model = dit(**settings, **how)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    shapes = names_of(jax.eval_shape(model.init, jax.random.key(0)))
+    places = _places(shapes)
+    slots = _slots(model, {key: place.shape for place in places.values() for key in place.keys})
     if POSITIONS not in tensors:
-        del wanted[POSITIONS]
-    both = sorted(wanted.keys() & tensors.keys())
-    difference = Report(
-        tuple(sorted(wanted.keys() - tensors.keys())),
-        tuple(sorted(tensors.keys() - wanted.keys())),
-        tuple((name, tensors[name].shape, wanted[name]) for name in both if tensors[name].shape != wanted[name]),
-    )
-    if any(difference):
-        raise WeightsError(f"{path}: not the parameters of a DiT: {difference}")
-    arrays = {name: tensor.part() for name, tensor in tensors.items()}
-    if POSITIONS in arrays:
-        ours = positions(model.config["shape"][0] // model.config["patch"], model.config["width"])
-        # A file of 16 bits has them rounded.
-        if not np.allclose(np.float32(arrays[POSITIONS][0]), ours, atol=2e-2 * (arrays[POSITIONS].itemsize < 4) + 1e-5):
-            raise WeightsError(f"{path}: {POSITIONS} is not that of sines and cosines, which this network has built in")
-    leaves = {name: np.array(leaf, order="C") for name, leaf in names_of(from_official(arrays)).items()}
-    dtype = None if param_dtype is None else jnp.dtype(param_dtype)
-    given = [jnp.asarray(leaves[name], dtype) for name in names_of(shapes)]
-    return model, jax.tree.unflatten(jax.tree.structure(shapes), given)
+        del slots[POSITIONS]
+    report = fit(slots, tensors)
+    if any(report):
+        return Survey(path, "DiT", {}, model, shapes, places, report)
+    if POSITIONS in tensors:
+        _check_positions(model, tensors[POSITIONS])
+    plain = {name: slot for name, slot in slots.items() if name not in (PATCHES, POSITIONS)}
+    ours = cut(plain, tensors) | {"inp.weight": Patches(tensors[PATCHES])}
+    return Survey(path, "DiT", ours, model, shapes, places, compare(places, ours, shapes))
 
 
-def save_official_dit(model: Model, params: dict, path: str | os.PathLike) -> None:
-    """Writes the parameters of a `diffjax.models.dit` as the official state dict, for PyTorch's DiT and SiT.
+def _numbered(name: str, depth: int) -> str:
+    """The name of a parameter as those of checkpoints' networks are, with the numbers of the layers that it stacks."""
+    return re.sub("^blocks/", f"blocks/0:{depth}/", name)
+
+
+def _places(shapes: Mapping[str, Any]) -> dict[str, Place]:
+    return {name: place(_numbered(name, leaf.shape[0]), tuple(leaf.shape)) for name, leaf in shapes.items()}
+
+
+def _slots(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+    """The official tensors of a network whose own, one for each layer, have these shapes."""
+    side, _, channels = model.config["shape"]
+    patch, width = model.config["patch"], model.config["width"]
+    slots = arrange(NAMING, shapes)
+    slots[PATCHES] = slots[PATCHES]._replace(shape=(width, channels, patch, patch))
+    slots[POSITIONS] = Slot((1, (side // patch) ** 2, width), (), (), "")
+    return slots
+
+
+def _check_positions(model: Model, tensor: Tensor) -> None:
+    ours = positions(model.config["shape"][0] // model.config["patch"], model.config["width"])
+    # A file of 16 bits has them rounded.
+    if not np.allclose(np.float32(tensor.part()[0]), ours, atol=2e-2 * (tensor.dtype.itemsize < 4) + 1e-5):
+        told = f"{POSITIONS} is not that of sines and cosines, which this network has built in"
+        raise WeightsError(f"{tensor.path}: {told}")
+
+
+def save_official_dit(model: Model, params: dict, path: str | os.PathLike, *, dtype: str | None = None) -> None:
+    """Writes a `diffjax.models.dit` as the official state dict, for PyTorch's DiT and SiT, one tensor at a time.
 
     Args:
       model: a `dit` with a square `shape` and labels; trained here, its times must be those of the other side
         (`time_embed="sinusoidal", time_scale=1.0`).
       params: of that model.
       path: a safetensors file.
+      dtype: of the parameters of floating point in the file; None for their own.
 
     Raises:
       WeightsError: for a network that PyTorch's class does not have, or parameters of another one.
-      OSError: disk full, folder read-only.
+      ValueError: for a `dtype` that is not of floating point.
+      OSError: disk full, folder read-only; what was there is whole.
     """
-    config, path = model.config, Path(path)
-    wrong = _unlike(config)
-    if wrong:
+    check_dtype("dtype", dtype)
+    path, config = Path(path), model.config
+    if wrong := _unlike(config):
         raise WeightsError(f"{path}: the official DiT has no {wrong}")
-    wanted = {name: tuple(leaf.shape) for name, leaf in names_of(jax.eval_shape(model.init, jax.random.key(0))).items()}
-    if {name: tuple(leaf.shape) for name, leaf in names_of(params).items()} != wanted:
+    shapes, given = names_of(jax.eval_shape(model.init, jax.random.key(0))), names_of(params)
+    if {name: leaf.shape for name, leaf in given.items()} != {name: leaf.shape for name, leaf in shapes.items()}:
         raise WeightsError(f"{path}: params are not those of this dit")
-    arrays = to_official(jax.tree.map(np.asarray, params), config["shape"][0], config["shape"][2], config["patch"])
-    sources = {name: Source.of(a) for name, a in arrays.items()}
+    numbered = lambda params: {**params, "blocks": {f"0:{config['depth']}": params["blocks"]}}
+    like_checkpoints = model._replace(init=lambda key: numbered(model.init(key)))
+    ours = tensors_of(like_checkpoints, numbered(params), path, dtype)
+    slots = _slots(model, {name: source.shape for name, source in ours.items()})
+    sources = {name: source_of(slot, ours) for name, slot in slots.items() if name not in (PATCHES, POSITIONS)}
+    sources[PATCHES] = _patches(slots[PATCHES].shape, ours["inp.weight"])
+    kept = cast(given["inp/kernel"].dtype, dtype)
+    waves = positions(config["shape"][0] // config["patch"], config["width"])[None].astype(kept)
+    sources[POSITIONS] = Source(kept, waves.shape, lambda: waves)
     write(path, sources, {"format": "pt"})
+
+
+def _patches(shape: tuple[int, ...], source: Source) -> Source:
+    """The convolution of a matrix, the inverse of `Patches`."""
+    width, channels, *sides = shape
+    return Source(source.dtype, shape, lambda: source.read().reshape(width, *sides, channels).transpose(0, 3, 1, 2))
 
 
 def _unlike(config: Mapping[str, Any]) -> str | None:
@@ -131,94 +210,30 @@ def _unlike(config: Mapping[str, Any]) -> str | None:
 
 def _settings(path: Path, shapes: Mapping[str, tuple[int, ...]], heads: int | None) -> dict[str, Any]:
     """The settings of the native network, from the shapes of the official tensors."""
+    empty = next((name for name, shape in shapes.items() if 0 in shape), None)
+    if empty is not None:
+        raise WeightsError(f"{path}: {shown(empty)} has the shape {list(shapes[empty])}, of no numbers")
     try:
-        width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-        outputs, hidden = shapes["final_layer.linear.weight"][0], shapes["blocks.0.mlp.fc1.weight"][0]
-        rows = shapes["y_embedder.embedding_table.weight"][0]
+        width, channels, patch, _ = shapes[PATCHES]
+        (outputs, _), (hidden, _) = shapes["final_layer.linear.weight"], shapes["blocks.0.mlp.fc1.weight"]
+        rows, _ = shapes["y_embedder.embedding_table.weight"]
+        _, tokens, _ = shapes.get(POSITIONS, (1, 256, width))  # the paper's, of 32 x 32 latents in patches of 2
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{path}: not an official DiT: {error}") from None
-    tokens = shapes[POSITIONS][1] if POSITIONS in shapes else 256  # the paper's, of 32 x 32 latents in patches of 2
     heads = HEADS.get(width) if heads is None else heads
     if heads is None:
         raise WeightsError(f"{path}: width {width} is none of the paper's ({', '.join(map(str, HEADS))}): give heads=")
     if math.isqrt(tokens) ** 2 != tokens:
         raise WeightsError(f"{path}: {POSITIONS} has {tokens} rows; expected those of a square")
     side, out = math.isqrt(tokens) * patch, outputs // patch**2
-    depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.") and _number(name))
+    ratio = hidden / width
     return dict(
-        shape=(side, side, channels), num_classes=rows - 1, patch=patch, width=width, depth=depth, heads=heads,
-        mlp_ratio=hidden / width, time_scale=1.0, extra_out=out - channels,
+        shape=(side, side, channels), num_classes=rows - 1, patch=patch, width=width, heads=heads, time_scale=1.0,
+        depth=sum(re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name) is not None for name in shapes),
+        # `dit` rounds the product with the width down.
+        mlp_ratio=ratio if math.floor(ratio * width) == hidden else math.nextafter(ratio, math.inf),
+        extra_out=out - channels,
     )  # fmt: skip
-
-
-def _number(name):
-    return name.split(".")[1].isdigit()
-
-
-def _official_shapes(model, shapes):
-    config = model.config
-    return jax.eval_shape(
-        lambda params: to_official(params, config["shape"][0], config["shape"][2], config["patch"], jnp), shapes
-    )
-
-
-def from_official(tensors: Mapping[str, np.ndarray]) -> dict:
-    """The native parameters of an official state dict of arrays: transposed, split and stacked."""
-    depth = sum(name.endswith("attn.qkv.weight") for name in tensors)
-    linear = lambda name: {"kernel": tensors[f"{name}.weight"].T, "bias": tensors[f"{name}.bias"]}
-    params: dict[str, Any] = {}
-    for ours, theirs in ENDS.items():
-        _put(params, ours, linear(theirs))
-    params["cond"]["label"] = {"embedding": tensors["y_embedder.embedding_table.weight"]}
-    patches = tensors["x_embedder.proj.weight"]
-    # Pixels of a patch row by row, channels last.
-    kernel = patches.transpose(2, 3, 1, 0).reshape(-1, len(patches))
-    params["inp"] = {"kernel": kernel, "bias": tensors["x_embedder.proj.bias"]}
-    stack = lambda parts: {name: np.stack([part[name] for part in parts]) for name in ("kernel", "bias")}
-    blocks = params["blocks"] = {}
-    for ours, theirs in LAYERS.items():
-        _put(blocks, ours, stack([linear(f"blocks.{i}.{theirs}") for i in range(depth)]))
-    whole = stack([linear(f"blocks.{i}.adaLN_modulation.1") for i in range(depth)])
-    for i, ours in enumerate(HALVES):
-        _put(blocks, ours, {name: np.split(leaf, 2, axis=-1)[i] for name, leaf in whole.items()})
-    return params
-
-
-def _put(tree, name, value):
-    *parts, last = name.split("/")
-    for part in parts:
-        tree = tree.setdefault(part, {})
-    tree[last] = tree.get(last, {}) | value
-
-
-def to_official(params: dict, side: int, channels: int, patch: int, xp=np) -> dict[str, Any]:
-    """The official state dict of native parameters, the inverse of `from_official`, and the positions.
-
-    Args:
-      side, channels, patch: of the images, and of a patch.
-      xp: numpy, or jax.numpy for parameters that are traced.
-    """
-    leaves = names_of(params)
-    out: dict[str, Any] = {"y_embedder.embedding_table.weight": leaves["cond/label/embedding"]}
-
-    def linear(theirs, kernel, bias):
-        out[f"{theirs}.weight"], out[f"{theirs}.bias"] = kernel.T, bias
-
-    for ours, theirs in ENDS.items():
-        linear(theirs, leaves[f"{ours}/kernel"], leaves[f"{ours}/bias"])
-    kernel = leaves["inp/kernel"]
-    out["x_embedder.proj.weight"] = kernel.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1)
-    out["x_embedder.proj.bias"] = leaves["inp/bias"]
-    for i in range(len(leaves["blocks/attention/qkv/bias"])):
-        for ours, theirs in LAYERS.items():
-            linear(f"blocks.{i}.{theirs}", *(leaves[f"blocks/{ours}/{leaf}"][i] for leaf in ("kernel", "bias")))
-        whole = (
-            xp.concatenate([leaves[f"blocks/{ours}/{leaf}"][i] for ours in HALVES], axis=-1)
-            for leaf in ("kernel", "bias")
-        )
-        linear(f"blocks.{i}.adaLN_modulation.1", *whole)
-    out[POSITIONS] = xp.asarray(positions(side // patch, kernel.shape[-1])[None], kernel.dtype)
-    return out
 
 
 def positions(side: int, width: int) -> np.ndarray:

@@ -91,19 +91,19 @@ def _factors(
     targets: Mapping[str, Target], config: Config,
 ) -> dict[str, Factors]:  # fmt: skip
     """The factors of each of the modules; a window of one may be left out or written out."""
-    a, b = (tensors[slots[slot].key].part() for slot in "ab")
+    a, b = (tensors[slots[slot].key] for slot in "ab")
     shapes = [targets[module].shape for module in meaning.modules]
     rows, shape = sum(shape[0] for shape in shapes), shapes[0]
     window = lambda sides: () if all(n == 1 for n in sides) else tuple(sides)
-    fits = a.ndim >= 2 and b.ndim >= 2 and b.shape[:2] == (rows, a.shape[0]) and a.shape[1] == shape[1]
+    fits = len(a.shape) >= 2 and b.shape[:2] == (rows, a.shape[0]) and a.shape[1] == shape[1]
     if not (fits and window(a.shape[2:]) == window(shape[2:]) and window(b.shape[2:]) == () and a.shape[0]):
         told = f"{list(a.shape)} and {list(b.shape)} for a weight {[rows, *shape[1:]]}"
         raise WeightsError(f"{file}: {slots['a'].names[-1]}: factors of shape {told}")
     if not all(jnp.issubdtype(factor.dtype, jnp.floating) for factor in (a, b)):
         told = f"factors of {a.dtype} and {b.dtype}; expected floating point"
         raise WeightsError(f"{file}: {slots['a'].names[-1]}: {told}")
-    a = a.reshape(a.shape[0], *shape[1:]).transpose(AXES[len(shape)])
-    b = b.reshape(b.shape[:2])
+    a = a.part().reshape(a.shape[0], *shape[1:]).transpose(AXES[len(shape)])
+    b = b.part().reshape(b.shape[:2])
     b = np.concatenate([b[rows // 2 :], b[: rows // 2]]) if meaning.swapped else b
     alpha = _alpha(file, slots, tensors, config, a.shape[-1])
     ends = np.cumsum([shape[0] for shape in shapes])

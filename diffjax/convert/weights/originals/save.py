@@ -46,10 +46,11 @@ def save_original(
     naming = MODULES[kind].naming(complete(kind, model.config))
     slots = arrange(naming, {name: source.shape for name, source in ours.items()})
     prefix = PREFIXES.get(kind, UNET) if prefix is None else prefix
-    write(path, {prefix + name: _source(slot, ours) for name, slot in slots.items()}, {"format": "pt"})
+    write(path, {prefix + name: source_of(slot, ours) for name, slot in slots.items()}, {"format": "pt"})
 
 
-def _source(slot: Slot, ours: Mapping[str, Source]) -> Source:
+def source_of(slot: Slot, ours: Mapping[str, Source]) -> Source:
+    """An original tensor, made of a network's own when its turn comes."""
     parts = [ours[name] for name in slot.names]
     return Source(np.result_type(*(part.dtype for part in parts)), slot.shape, _reader(slot, parts))
 
