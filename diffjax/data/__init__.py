@@ -5,7 +5,7 @@ from diffjax.data.facts import facts_of, without_items
 from diffjax.data.latents import latents
 from diffjax.data.mixture import mix, mixture
 from diffjax.data.pipeline import AUGMENTS, BatchIterator, batches
-from diffjax.data.prompts import parse_prompt, prompt_chunks, weigh_states
+from diffjax.data.prompts import parse_prompt, prompt_chunks, weigh_states, weighted_tokens
 from diffjax.data.readers import array_record, folder, tar, tfds
 from diffjax.data.sources import ArraySource, Dataset, Pixels, arrays, digits, npz
 from diffjax.data.synthetic import synthetic
@@ -52,5 +52,6 @@ __all__ = [
     "tar",
     "tfds",
     "weigh_states",
+    "weighted_tokens",
     "without_items",
 ]

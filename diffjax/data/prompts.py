@@ -55,7 +55,7 @@ def parse_prompt(prompt: str) -> list[tuple[str, float]]:
 
 
 def prompt_chunks(
-    tokenizer: Tokenizer, parts: Sequence[tuple[str, float]], length: int | None = None
+    tokenizer: Tokenizer, parts: Sequence[tuple[str, float]], length: int | None = None, least: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """A prompt of any length as texts that the encoder takes, one behind the other.
 
@@ -63,10 +63,11 @@ def prompt_chunks(
       tokenizer: that puts one or more tokens around a text, such as CLIP's.
       parts: as from `parse_prompt`; each is a text of its own for the tokenizer.
       length: of a chunk, with the tokens around it; None for the tokenizer's.
+      least: how many chunks there are at least; those without text are empty prompts.
 
     Returns:
       `ids [n, length] int32`, each row with the tokens that begin and end a text and with padding, and their
-      `weights [n, length] float32`, 1 for those tokens. An empty prompt has one row.
+      `weights [n, length] float32`, 1 for those tokens.
 
     Raises:
       ValueError: if the length is not known or leaves no room, or there is no token for padding.
@@ -81,7 +82,7 @@ def prompt_chunks(
     texts = tokenizer.encode([text for text, _ in parts])
     ids = [i for text in texts for i in text]
     weights = [weight for text, (_, weight) in zip(texts, parts, strict=True) for _ in text]
-    count = max(1, -(-len(ids) // room))
+    count = max(1, least, -(-len(ids) // room))
     out_ids, out_weights = np.full((count, length), tokenizer.pad, np.int32), np.ones((count, length), np.float32)
     for i in range(count):
         part = slice(i * room, (i + 1) * room)
@@ -89,6 +90,20 @@ def prompt_chunks(
         out_ids[i, : len(row)] = row
         out_weights[i, len(prefix) : len(prefix) + len(weights[part])] = weights[part]
     return out_ids, out_weights
+
+
+def weighted_tokens(
+    tokenizer: Tokenizer, texts: Sequence[str], length: int | None = None, least: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts with weights, each in as many chunks as the longest needs; `least` and what raises as `prompt_chunks`.
+
+    Returns:
+      `ids [B, n, length] int32` and `weights [B, n, length] float32`.
+    """
+    parts = [parse_prompt(text) for text in texts]
+    least = max([least, *(len(prompt_chunks(tokenizer, part, length)[0]) for part in parts)])
+    chunks = [prompt_chunks(tokenizer, part, length, least) for part in parts]
+    return np.stack([ids for ids, _ in chunks]), np.stack([weights for _, weights in chunks])
 
 
 def weigh_states(states: jax.Array, weights: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from diffjax.registry import nearest
 PADS = ("max", "longest", None)
 # What transformers writes for a tokenizer without a longest text.
 ENDLESS = 10**9
+MOST_EXTRA = 10_000  # sentinels of T5, which has 100
+LONGEST_JSON = 100_000_000
 FILES = ("tokenizer.json", "spiece.model", "vocab.json", "vocab.txt")
 # Of the vocabularies whose files do not name them.
 _END = "<|endoftext|>"
@@ -114,6 +117,45 @@ class Tokenizer:
             ids[i, where], mask[i, where] = row, 1
         return Tokens(ids, mask)
 
+    def extended(self, ids: Mapping[str, Sequence[int]]) -> Tokenizer:
+        """The same with further words, such as those that `diffjax.adapters.textual_inversion.add` returns.
+
+        Args:
+          ids: `{word: its ids}`; a word is found wherever it stands in a text letter by letter, the longest first.
+
+        Raises:
+          ValueError: for a word without letters or ids, and ids that are no whole numbers from zero on.
+        """
+        words = {word: tuple(given) for word, given in ids.items()}
+        for word, given in words.items():
+            if not word or not given or any(not isinstance(i, int | np.integer) or i < 0 for i in given):
+                raise ValueError(f"the word {word!r} with the ids {given}: expected letters, and numbers from 0 on")
+        if not words:
+            return self
+        regex = re.compile("(" + "|".join(map(re.escape, sorted(words, key=len, reverse=True))) + ")")
+        back = sorted(words.items(), key=lambda item: -len(item[1]))
+
+        def encode(texts):
+            parts = [[part for part in regex.split(text) if part] for text in texts]
+            known = iter(self.encode([part for row in parts for part in row if part not in words]))
+            return [[i for part in row for i in (words[part] if part in words else next(known))] for row in parts]
+
+        def decode(ids, skip_special=True):
+            ids, parts, plain = [int(i) for i in ids], [], []
+            at = 0
+            while at < len(ids):
+                word = next((word for word, given in back if tuple(ids[at : at + len(given)]) == given), None)
+                if word is None:
+                    plain.append(ids[at])
+                else:
+                    parts += [self.decode(plain, skip_special), word] if plain else [word]
+                    plain = []
+                at += 1 if word is None else len(words[word])
+            return " ".join([*parts, self.decode(plain, skip_special)] if plain or not parts else parts)
+
+        size = max(self.size, *(1 + i for given in words.values() for i in given))
+        return dataclasses.replace(self, encode=encode, decode=decode, size=size)
+
     def _whole(self, ids, length, around, truncate):
         if length is not None and len(ids) + around > length:
             if not truncate:
@@ -145,11 +187,13 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     )
     # With its table of added tokens the config is the newer of the two files.
     config = {**named, **config} if "added_tokens_decoder" in config else {**config, **named}
-    if found[0] == "spiece.model":
-        return _sentencepiece(folder / found[0], config)
-    package = require("tokenizers", "tokenizers", "text")
-    reader = {"tokenizer.json": _whole_file, "vocab.json": _pairs, "vocab.txt": _wordpiece}[found[0]]
+    _check_config(folder, config, added)
+    name = "sentencepiece" if found[0] == "spiece.model" else "tokenizers"
+    package = require(name, name, "text")
     try:
+        if found[0] == "spiece.model":
+            return _sentencepiece(package, folder / found[0], config)
+        reader = {"tokenizer.json": _whole_file, "vocab.json": _pairs, "vocab.txt": _wordpiece}[found[0]]
         tokenizer, kind = reader(package, folder, config)
         names = {name: _content(config[name]) for name in NAMES if config.get(name) is not None}
         names = {name: token for name, token in DEFAULTS.get(kind, {}).items() if name not in config} | names
@@ -157,10 +201,43 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         if kind is not None:
             _surround(package, tokenizer, names, config, kind)
         return _of_package(tokenizer, names, config)
-    except ValueError:
-        raise
-    except Exception as error:  # the package raises nothing more special
+    except Exception as error:  # the packages raise nothing more special
+        if str(error).startswith(str(folder)):
+            raise
         raise ValueError(f"{folder / found[0]}: no tokenizer: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _check_config(folder: Path, config: dict[str, Any], added: dict[str, Any]) -> None:
+    """Raises `ValueError` for settings that are not of their type, or ask for more tokens than there can be."""
+    token = lambda value: isinstance(_content(value), str)
+    length = lambda value: type(value) in (int, float) and value >= 1
+    several = lambda value: isinstance(value, list | dict) and all(map(token, _listed(value)))
+    table = lambda value: isinstance(value, dict) and all(map(_numbered, value.items()))
+    rules = {
+        **{name: (token, "a token") for name in NAMES}, "model_max_length": (length, "a number of tokens"),
+        "extra_ids": (lambda n: type(n) is int and 0 <= n <= MOST_EXTRA, f"a number up to {MOST_EXTRA}"),
+        "additional_special_tokens": (several, "tokens"), "extra_special_tokens": (several, "tokens"),
+        "added_tokens_decoder": (table, "tokens by their ids"),
+    }  # fmt: skip
+    for name, (fits, wanted) in rules.items():
+        if config.get(name) is not None and not fits(config[name]):
+            raise ValueError(f"{folder}: its settings have {name}={reprlib.repr(config[name])}; expected {wanted}")
+    wrong = next((name for name, number in added.items() if type(number) is not int), None)
+    if wrong is not None:
+        told = f"{reprlib.repr(wrong)} has the id {reprlib.repr(added[wrong])}; expected a number"
+        raise ValueError(f"{folder / 'added_tokens.json'}: {told}")
+
+
+def _numbered(item: tuple[str, Any]) -> bool:
+    """Whether an entry of `added_tokens_decoder` has an id and a token."""
+    number, entry = item
+    fits = isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    return fits and re.fullmatch("[0-9]{1,9}", number) is not None
+
+
+def _listed(tokens: list | dict) -> list:
+    """Tokens in a list, or by names that a model has for them."""
+    return [*tokens.values()] if isinstance(tokens, dict) else tokens
 
 
 def _whole_file(package, folder, config):
@@ -220,7 +297,7 @@ def _add_tokens(package, folder, tokenizer, names, config, added):
     tokens = {}
     for name in names.values():
         tokens.setdefault(name, dict(special=True))
-    for name in config.get("additional_special_tokens") or config.get("extra_special_tokens") or ():
+    for name in _listed(config.get("additional_special_tokens") or config.get("extra_special_tokens") or []):
         tokens.setdefault(_content(name), dict(special=True))
     tokens |= {name: dict(special=False, normalized=True) for name in added if name not in tokens}
     ids = dict(added)
@@ -283,21 +360,20 @@ def _tokenizer(encode, decode, prefix, suffix, ids, size, config):
     )  # fmt: skip
 
 
-def _sentencepiece(path, config):
+def _sentencepiece(package, path, config):
     """T5 (unigrams: Kudo 2018, arXiv:1804.10959), whose sentinels `<extra_id_0>`, ... have the last ids, backwards."""
-    package = require("sentencepiece", "sentencepiece", "text")
     try:
         model = package.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path}: no model of sentencepiece: {str(error)[:200]}") from error
     names = DEFAULTS["t5"] | {name: _content(config[name]) for name in NAMES if config.get(name) is not None}
-    more = [_content(token) for token in config.get("additional_special_tokens") or ()]
-    count = sum(token.startswith("<extra_id_") for token in more) or int(config.get("extra_ids", 100))
+    more = [_content(token) for token in _listed(config.get("additional_special_tokens") or [])]
+    count = sum(token.startswith("<extra_id_") for token in more) or config.get("extra_ids", 100)
     sentinels = [f"<extra_id_{i}>" for i in range(count)]
     ids = {model.id_to_piece(i): i for i in range(len(model))}
     for token in (*reversed(sentinels), *names.values(), *more):
         ids.setdefault(token, len(ids))
-    special = {token: ids[token] for token in (*names.values(), *sentinels, *more)}
+    special = {token: ids[token] for token in (*names.values(), *sentinels, *more) if token}
     tokens = {i: token for token, i in special.items()}
     # Special tokens in a text are themselves, the longest first where several fit.
     regex = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
@@ -326,6 +402,8 @@ def _content(token: Any) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > LONGEST_JSON:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a vocabulary or settings")
     try:
         value = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError) as error:

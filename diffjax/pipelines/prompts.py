@@ -1,7 +1,8 @@
 """Prompts as the conditions of text-to-image networks: Stable Diffusion, SDXL, SD3 and FLUX.1.
 
 Each function returns the keywords of the network's call, `network.apply(params, x, t, **conditions)`, made by the
-checkpoint's text encoders. What they do is what the pipelines that these networks were published with do.
+checkpoint's text encoders. What they do is what the pipelines that these networks were published with do: a text that
+is longer than its encoder is cut. With `weighted` it is not, and its words have weights (`diffjax.data.parse_prompt`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.core.types import Model
+from diffjax.data.prompts import weigh_states, weighted_tokens
 from diffjax.data.tokenizers import Tokenizer
 from diffjax.models.text.clip import TextOutput, clip_skip
 
@@ -21,41 +23,89 @@ T5_LENGTH = {"sd3": 256, "flux": 512}
 
 
 class TextEncoder(NamedTuple):
-    """A text encoder and its tokenizer, as `load_tokenizer` and `diffjax.convert.load` return them."""
+    """A text encoder and its tokenizer, as `load_tokenizer` and `diffjax.convert.load` return them.
+
+    Attributes:
+      truncate: whether texts that are too long are cut; False for an error.
+    """
 
     tokenizer: Tokenizer
     model: Model
     params: dict
+    truncate: bool = True
 
     def __call__(self, texts: str | Sequence[str], length: int | None = None, **settings) -> Any:
-        """What the network returns for texts, each padded or cut to `length` tokens; None for the tokenizer's own."""
-        ids = jnp.asarray(self.tokenizer(texts, length=length).ids)
+        """What the network returns for texts, each padded or cut to `length` tokens; None for the tokenizer's own.
+
+        Raises:
+          ValueError: for a text that is too long, where none is to be cut.
+        """
+        ids = jnp.asarray(self.tokenizer(texts, length=length, truncate=self.truncate).ids)
         return self.model.apply(self.params, ids, **settings)
 
 
-def sd_prompt(encoder: TextEncoder, texts: str | Sequence[str], *, skip: int = 0) -> dict[str, jax.Array]:
+def sd_prompt(
+    encoder: TextEncoder, texts: str | Sequence[str], *, skip: int = 0, weighted: bool = False, chunks: int = 1
+) -> dict[str, jax.Array]:
     """`context [B, L, D]` for Stable Diffusion 1 and 2: the last hidden state, normalised.
 
     Args:
       encoder: CLIP's text tower.
+      texts: one, or many.
       skip: how many layers earlier the state is taken ("clip skip").
+      weighted: read weights, and texts of any length: L is that of n chunks behind one another, of which each is a text
+        for the encoder. All texts have as many as the longest needs: guidance has the prompt and the other one of equal
+        length if both are made in one call.
+      chunks: with `weighted`, how many there are at least.
     """
-    return {"context": encoder(texts, skip=skip).last}
+    if not weighted:
+        return {"context": encoder(texts, skip=skip).last}
+    return {"context": _weighted(encoder, texts, lambda out: out.last, chunks, skip=skip)[0]}
 
 
 def sdxl_prompt(
-    first: TextEncoder | None, second: TextEncoder, texts: str | Sequence[str], *, skip: int = 0
-) -> dict[str, jax.Array]:
+    first: TextEncoder | None, second: TextEncoder, texts: str | Sequence[str], *, skip: int = 0,
+    weighted: bool = False, chunks: int = 1,
+) -> dict[str, jax.Array]:  # fmt: skip
     """`context [B, L, D1 + D2]` and `pooled [B, P]` for SDXL (arXiv:2307.01952).
 
     Args:
       first: CLIP's text tower; None for the refiner, which has the second alone.
       second: OpenCLIP's with a projection, which makes `pooled`.
+      texts: one, or many.
       skip: how many layers before the last but one the states are taken.
+      weighted, chunks: as for `sd_prompt`; both encoders have equally many chunks, and `pooled` is that of the first,
+        without weights.
     """
-    outs = [encoder(texts) for encoder in (first, second) if encoder is not None]
-    states = jnp.concatenate([clip_skip(out, skip + 1) for out in outs], axis=-1)
-    return {"context": states, "pooled": _projected(outs[-1])}
+    encoders = [encoder for encoder in (first, second) if encoder is not None]
+    state = lambda out: clip_skip(out, skip + 1)
+    if weighted:
+        chunks = max(_chunks(encoder, texts, chunks) for encoder in encoders)
+        found = [_weighted(encoder, texts, state, chunks) for encoder in encoders]
+        states, pooled = [states for states, _ in found], _projected(found[-1][1])[:, 0]
+    else:
+        outs = [encoder(texts) for encoder in encoders]
+        states, pooled = [state(out) for out in outs], _projected(outs[-1])
+    return {"context": jnp.concatenate(states, axis=-1), "pooled": pooled}
+
+
+def _chunks(encoder: TextEncoder, texts, least) -> int:
+    return weighted_tokens(encoder.tokenizer, _many(texts), least=least)[0].shape[1]
+
+
+def _many(texts) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _weighted(encoder: TextEncoder, texts, state, chunks, **settings) -> tuple[jax.Array, TextOutput]:
+    """States `[B, n * L, D]` times the weights of their words; the vectors that the network returns `[B, n, ...]`."""
+    ids, weights = weighted_tokens(encoder.tokenizer, _many(texts), least=chunks)
+    count, length = ids.shape[:2], ids.shape[2]
+    out = encoder.model.apply(encoder.params, jnp.asarray(ids.reshape(-1, length)), **settings)
+    states = weigh_states(state(out).reshape(*count, length, -1), jnp.asarray(weights))
+    split = lambda vector: None if vector is None else vector.reshape(*count, -1)
+    out = out._replace(pooled=split(out.pooled), text_embeds=split(out.text_embeds))
+    return states.reshape(count[0], -1, states.shape[-1]), out
 
 
 def size_ids(

@@ -98,7 +98,16 @@ BROKEN = {
     "no whole file": ("bert-json", {"tokenizer.json": "{}"}, "tokenizer.json: no tokenizer"),
     "no model": ("t5", {"spiece.model": "nothing"}, "spiece.model: no model of sentencepiece"),
     "two ids": ("bert", {"added_tokens.json": '{"<new>": 7}'}, "token '<new>' has the id 7 in one file, and 260"),
-    "no content": ("bert", {"tokenizer_config.json": '{"added_tokens_decoder": {"0": {}}}'}, "no tokenizer: KeyError"),
+    "no content": (
+        "bert", {"tokenizer_config.json": '{"added_tokens_decoder": {"0": {}}}'}, "expected tokens by their ids"
+    ),
+    "extra ids": ("t5", {"tokenizer_config.json": '{"extra_ids": 1000000000}'}, "expected a number up to 10000"),
+    "length": ("clip", {"tokenizer_config.json": '{"model_max_length": "77"}'}, "='77'; expected a number of tokens"),
+    "no length": ("t5", {"tokenizer_config.json": '{"model_max_length": 0}'}, "=0; expected a number of tokens"),
+    "no token": ("clip", {"special_tokens_map.json": '{"unk_token": [1]}'}, r"unk_token=\[1\]; expected a token"),
+    "token of a number": ("t5", {"tokenizer_config.json": '{"additional_special_tokens": [3]}'}, "expected tokens"),
+    "id of text": ("bert", {"added_tokens.json": '{"<new>": "7"}'}, "'<new>' has the id '7'; expected a number"),
+    "no utf-8": ("clip", {"merges.txt": b"\xff"}, "vocab.json: no tokenizer: UnicodeDecodeError"),
 }
 
 
@@ -108,9 +117,10 @@ def test_broken_files_are_named(name, files, message, tmp_path):
     for file, text in files.items():
         (folder / file).unlink(missing_ok=True)
         if text is not None:
-            (folder / file).write_text(text)
-    with pytest.raises(ValueError, match=message):
+            (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
         load_tokenizer(folder)
+    assert str(folder) in str(error.value)
 
 
 def test_tokens_that_were_added_have_the_ids_of_their_file(tmp_path):
@@ -118,6 +128,25 @@ def test_tokens_that_were_added_have_the_ids_of_their_file(tmp_path):
     (folder / "added_tokens.json").write_text('{"<second>": 261, "<first>": 260}')
     tokenizer = load_tokenizer(folder)
     assert tokenizer.encode(["a<second> <first>"])[0][1:] == [261, 260] and tokenizer.size == 262
+
+
+@pytest.mark.parametrize("name", ["clip", "gpt2", "t5"])
+def test_learned_words_are_their_ids(name):
+    plain = load_tokenizer(GOLDEN / name)
+    ids = {"<cat>": (plain.size, plain.size + 1), "<cat>s": (plain.size + 2,)}
+    tokenizer = plain.extended(ids)
+    row = tokenizer.encode(["a <cat> on <cat>s.<cat>"])[0]
+    (before,), (between,), (dot,) = (plain.encode([text]) for text in ("a ", " on ", "."))
+    assert row == [*before, *ids["<cat>"], *between, *ids["<cat>s"], *dot, *ids["<cat>"]]
+    assert tokenizer.decode(row).split() == [
+        *plain.decode(before).split(), "<cat>", *plain.decode(between).split(), "<cat>s", ".", "<cat>"
+    ]
+    assert tokenizer.encode(["a horse", ""]) == plain.encode(["a horse", ""])
+    assert tokenizer.decode(plain.encode(["a horse"])[0]) == plain.decode(plain.encode(["a horse"])[0])
+    assert tokenizer.size == plain.size + 3 and plain.extended({}) is plain
+    for wrong in ({"": (1,)}, {"a": ()}, {"a": (-1,)}, {"a": ("x",)}):
+        with pytest.raises(ValueError, match="expected letters, and numbers from 0 on"):
+            plain.extended(wrong)
 
 
 def test_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path):
