@@ -147,3 +147,7 @@ def version() -> int:
 
     sys.stdout.write(f"diffjax {__version__}\n")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

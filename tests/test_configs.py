@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffjax.convert import save
+from diffjax.models import from_config
 from diffjax.train import config as configs
+from diffjax.train.errors import ConfigError
 from diffjax.train.parts import assemble, prepare
 from diffjax.train.state import abstract_state
 
@@ -57,3 +60,27 @@ def test_a_folder_is_asked_for():
         configs.load(f"{ROOT}/configs/folder.py:size=64")
     with pytest.raises(ValueError, match="size=30: expected a multiple of 8"):
         configs.load(f"{ROOT}/configs/folder.py:path=x,size=30")
+
+
+@pytest.mark.parametrize("kind, out", [("UNet2DModel", 1), ("DiTTransformer2DModel", 2)])
+def test_a_published_network_is_tuned_as_it_is(tmp_path, kind, out):
+    network = {"_class_name": kind, "in_channels": 1, "out_channels": out, "sample_size": 8}
+    unet = dict(block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1, attention_head_dim=4)
+    unet |= dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    dit = dict(num_attention_heads=2, attention_head_dim=4, num_layers=1, num_embeds_ada_norm=10)
+    net = from_config(network | (unet if kind == "UNet2DModel" else dit))
+    save(net, jax.jit(net.init)(jax.random.key(0)), tmp_path)
+    config, parts = prepare(configs.load(f"{ROOT}/configs/tune.py:path={tmp_path},smoke"))
+    shapes = lambda model: jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(model.init, jax.random.key(0)))
+    assert shapes(parts.model) == shapes(net)
+    # The network is told the schedule's own times, and has labels where the checkpoint has.
+    assert config.model.time_scale * parts.schedule.t_max == 999
+    assert (config.label_dropout > 0) == (kind != "UNet2DModel") and (out == 2) == bool(config.loss.variance)
+    config.model.time_scale = 1000.0
+    with pytest.raises(ConfigError, match="would be told 999000; set config.model.time_scale=1.0"):
+        prepare(config)
+
+
+def test_a_checkpoint_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="expected the folder of a checkpoint"):
+        configs.load(f"{ROOT}/configs/tune.py:path={tmp_path}")

@@ -46,6 +46,8 @@ def checkpoint(
     config = dict(locals(), name="checkpoint", shape=tuple(shape))
     from diffjax.models import from_config
 
+    if isinstance(network, str):
+        raise ValueError(f"checkpoint: network={network!r}: expected what its config.json holds; see configs/tune.py")
     check_name("checkpoint", "network._class_name", network.get("_class_name"), LABELS)
     check_data("checkpoint", shape, num_classes)
     check_least("checkpoint", 0, extra_in=extra_in, extra_out=extra_out)

@@ -11,8 +11,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
-Tap = Callable[[str, jax.Array], jax.Array]
+Tap = Callable[[str, jax.Array], jax.Array | None]
 
 # (functions, innermost first; prefix of the names)
 _CONTEXT = jax.make_user_context(((), ""))
@@ -26,15 +27,26 @@ def tap(name: str, x: jax.Array) -> jax.Array:
     """
     functions, prefix = _CONTEXT.value
     for function in functions:
-        x = function(prefix + name, x)
+        x = _through(function, prefix + name, x)
     return x
+
+
+def _through(function: Tap, name: str, x: jax.Array) -> jax.Array:
+    out = function(name, x)
+    if out is None:
+        return x
+    given, wanted = (f"{jnp.result_type(a)} {jnp.shape(a)}" for a in (out, x))
+    if given != wanted:
+        raise ValueError(f"a function of tapped gave {given} for {name!r}, which is {wanted}")
+    return out
 
 
 @contextlib.contextmanager
 def tapped(function: Tap) -> Iterator[None]:
     """Installs `function(name, x) -> x`, an `x` of the same shape and dtype, for what is traced inside.
 
-    Functions nest; the innermost sees an activation first.
+    Functions nest; the innermost sees an activation first. One that returns None leaves the activation as it is. A name
+    may come several times in one call: a layer that is used twice, layers of a loop.
     """
     functions, prefix = _CONTEXT.value
     with _CONTEXT(((function, *functions), prefix)):

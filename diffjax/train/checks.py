@@ -70,6 +70,21 @@ def check_times(config: ConfigDict, schedule: Any, time: Any) -> None:
         )
 
 
+def check_time_scale(config: ConfigDict, schedule: Any, model: Any) -> None:
+    """Networks are made for times of at most about 1000: embeddings tell larger ones apart by rounding alone.
+
+    Raises:
+      ConfigError: if the schedule's times, multiplied by the network's `time_scale`, are ten times that or more.
+    """
+    scale = model.config.get("time_scale")
+    last = 0.0 if scale is None else float(jax.jit(lambda t: schedule(t).t)(np.float32(schedule.t_max)))
+    if scale and scale * last >= 10_000:
+        raise ConfigError(
+            f"config.model.time_scale is {scale:g} and the times of {config.schedule!r} end at {last:g}: the network "
+            f"would be told {scale * last:g}; set config.model.time_scale=1.0 with this schedule"
+        )
+
+
 def fitting_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     """The mesh of a filled config over the devices that are here, which its batch divides over.
 

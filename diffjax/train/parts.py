@@ -116,6 +116,7 @@ def assemble(config: ConfigDict, dataset: Any = None) -> Parts:
     network = partial(network_of, objective, **facts)
     with naming("config.model"):
         model = network(dict(config.model))
+    checks.check_time_scale(config, schedule, model)
     with naming("config.optim"):
         model, base = optim.with_base(model, config.optim.mup, dict(config.model), network)
         optimizer = optim.build_optimizer(config.optim, config.num_steps, base=base, fixed=model.fixed)

@@ -19,6 +19,14 @@ def test_a_tap_is_the_identity_until_someone_listens():
     assert tap("mid", x) is x
 
 
+def test_a_function_may_look_on_and_must_keep_the_shape():
+    x, heard = jnp.arange(3.0), []
+    with tapped(lambda name, x: heard.append(name)):
+        assert tap("mid", x) is x and heard == ["mid"]
+    with scope("a"), tapped(lambda name, x: x[:2]), pytest.raises(ValueError, match="float32 .2,. for 'mid', .*.3,."):
+        tap("mid", x)
+
+
 def test_functions_nest_and_scopes_name():
     heard = []
 

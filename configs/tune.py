@@ -1,0 +1,51 @@
+r"""Further training of a published network on your own data: a `UNet2DModel` or a `DiTTransformer2DModel`.
+
+    diffjax train --config=configs/tune.py:path=ddpm/unet --workdir=runs/tuned --config.data='folder(path="faces")'
+    diffjax convert runs/tuned tuned     # a folder that diffusers reads
+
+`path` is the checkpoint's folder, with its `config.json` and its weights; sizes of images, channels and classes of the
+data must be the network's. The last row of its table of labels is that of no class. A network with twice the channels
+at its end, as DiT, learns the variance as well.
+
+Other settings after the colon: `:noise=scaled_linear` (the schedule's name, default `ddpm`, of 1000 steps), `:lr=1e-5`,
+`:steps=10000` (default 1000), `:batch=64`, `:seed=1`, `:smoke` (a few steps; no quality).
+
+Cost: that of the network. Expected: a start at the checkpoint's own loss, which falls from there.
+"""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs.common import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, path="", noise="ddpm", lr=1e-5, steps=0, batch=32, seed=0, smoke=False)
+    file = Path(arg.path, "config.json")
+    if not arg.path or not file.is_file():
+        raise ValueError(f"path={arg.path}: expected the folder of a checkpoint, with a config.json: path=FOLDER")
+    network = json.loads(file.read_text())
+
+    config = ConfigDict()
+    config.seed, config.batch_size = arg.seed, arg.batch
+    config.num_steps = arg.steps or (4 if arg.smoke else 1000)
+    config.data = "digits()"
+    config.init_from = arg.path
+
+    # The noise and the output that the network has learnt (Ho et al. 2020, arXiv:2006.11239).
+    config.schedule, config.head, config.time = f"{arg.noise}()", "eps", "discrete(num_steps=1000)"
+    if network.get("_class_name") == "UNet2DModel":
+        network.setdefault("num_class_embeds", None)  # what is left out has no labels
+    config.label_dropout = 0.0 if network.get("num_class_embeds", True) is None else 0.1
+    if network.get("out_channels") == 2 * network.get("in_channels", 0):
+        config.loss = ConfigDict(dict(variance="learned_range()"))
+    config.model = ConfigDict(dict(name="checkpoint", network=network, time_scale=1.0))
+
+    config.optim = ConfigDict(dict(name="adam", lr=arg.lr, clip=1.0))
+    config.ema = ("decay(0.999)",)
+    config.log_every = 1 if arg.smoke else 50
+    config.checkpoint_every = config.num_steps if arg.smoke else 500
+    config.sample = ConfigDict(dict(solver="ddim()", steps=50, spacing="uniform()"))
+    return config
