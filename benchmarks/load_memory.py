@@ -69,9 +69,9 @@ def write(config: dict, folder: Path) -> None:
     """A checkpoint of random numbers, the same few for all tensors, one tensor in memory at a time."""
     import jax
 
-    from diffjax.convert.weights.layout import layout
+    from diffjax.convert.weights.folders.save import write_folder
+    from diffjax.convert.weights.places.layout import layout
     from diffjax.convert.weights.tensors import Source
-    from diffjax.convert.weights.write import write_folder
     from diffjax.models import from_config
     from diffjax.nn.functional import names_of
 

@@ -15,12 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from diffjax.convert.weights import WeightsError, rewrite, save
-from diffjax.convert.weights.folder import Survey, check_dtype, printable, some, type_of
+from diffjax.convert.weights.errors import printable, some
+from diffjax.convert.weights.folders.save import SHARD_BYTES, write_folder
+from diffjax.convert.weights.folders.survey import PIPELINE, Survey, components, survey, unusual
 from diffjax.convert.weights.originals import Contents, original_components, survey_original
+from diffjax.convert.weights.places.layout import type_of
 from diffjax.convert.weights.rewrite import check_keys, check_target, watched
-from diffjax.convert.weights.survey import PIPELINE, components, survey, unusual
 from diffjax.convert.weights.tensors import Source
-from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
+from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
 from diffjax.models import NETWORKS, from_config
 from diffjax.train.checkpoint.params import CHECKPOINTS
 from diffjax.train.describe import size_text

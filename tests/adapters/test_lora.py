@@ -17,7 +17,7 @@ from diffjax.convert import WeightsError
 from diffjax.convert.weights.adapters.lora import load_lora, lora_components, save_lora
 from diffjax.convert.weights.adapters.lora_config import METADATA, config_of
 from diffjax.convert.weights.adapters.lora_names import Meaning, spellings, targets_of
-from diffjax.convert.weights.layout import layout
+from diffjax.convert.weights.places.layout import layout
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.models import MODELS, dit, from_config
 from diffjax.nn.functional import names_of

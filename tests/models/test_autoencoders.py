@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffjax.convert import load, save
-from diffjax.convert.weights.folder import find
+from diffjax.convert.weights.folders.find import find
 from diffjax.convert.weights.tensors import Source, write
 from diffjax.models import from_config
 from diffjax.models.autoencoders import (

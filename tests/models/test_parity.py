@@ -12,8 +12,8 @@ import pytest
 from drawn import GOLDEN, params_of, parts
 
 from diffjax.convert import load, save
-from diffjax.convert.weights.folder import find
-from diffjax.convert.weights.layout import layout
+from diffjax.convert.weights.folders.find import find
+from diffjax.convert.weights.places.layout import layout
 from diffjax.convert.weights.tensors import read_header
 from diffjax.models import from_config
 from diffjax.nn.functional import names_of

@@ -10,7 +10,7 @@ import jax
 import networks
 import pytest
 
-from diffjax.convert.weights.layout import layout
+from diffjax.convert.weights.places.layout import layout
 from diffjax.models import NETWORKS, from_config, kind_of
 from diffjax.models.published import PUBLISHED, published
 from diffjax.nn.functional import names_of

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 
-from diffjax.convert.weights.layout import layout
+from diffjax.convert.weights.places.layout import layout
 from diffjax.models import NETWORKS, from_config
 from diffjax.nn.functional import names_of
 

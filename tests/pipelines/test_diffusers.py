@@ -17,7 +17,7 @@ import pytest
 
 import diffjax as dj
 from diffjax.convert import load, scheduler, start_scale
-from diffjax.convert.weights.layout import layout
+from diffjax.convert.weights.places.layout import layout
 from diffjax.convert.weights.tensors import Source, write
 from diffjax.data.tokenizers import load_tokenizer
 from diffjax.models import from_config

@@ -4,12 +4,12 @@ from diffjax.convert.weights.adapters.ip_adapter import load_ip_adapter, save_ip
 from diffjax.convert.weights.adapters.lora import load_lora, lora_components, save_lora
 from diffjax.convert.weights.adapters.textual_inversion import load_textual_inversion, save_textual_inversion
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import load
+from diffjax.convert.weights.folders.load import load
+from diffjax.convert.weights.folders.save import save
+from diffjax.convert.weights.folders.survey import survey
 from diffjax.convert.weights.official_dit import load_official_dit, save_official_dit
 from diffjax.convert.weights.originals import load_original, original_components, save_original
 from diffjax.convert.weights.rewrite import rewrite
-from diffjax.convert.weights.survey import survey
-from diffjax.convert.weights.write import save
 
 __all__ = [
     "WeightsError",

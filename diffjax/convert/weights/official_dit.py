@@ -18,13 +18,17 @@ import jax
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import Survey, check_dtype, check_fits, compare, find, parameters
-from diffjax.convert.weights.layout import Place, place
-from diffjax.convert.weights.originals.names import Slot, arrange, cut, fit, table
+from diffjax.convert.weights.folders.find import find
+from diffjax.convert.weights.folders.load import parameters
+from diffjax.convert.weights.folders.save import tensors_of
+from diffjax.convert.weights.folders.survey import Survey, check_fits
 from diffjax.convert.weights.originals.save import source_of
-from diffjax.convert.weights.strict import shown
+from diffjax.convert.weights.originals.tables.naming import Slot, arrange, cut, fit, table
+from diffjax.convert.weights.places.layout import Place, place
+from diffjax.convert.weights.places.match import compare
 from diffjax.convert.weights.tensors import Source, Tensor, bounds, write
-from diffjax.convert.weights.write import cast, tensors_of
+from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
+from diffjax.convert.weights.tensors.strict import shown
 from diffjax.core.types import Model
 from diffjax.models import dit
 from diffjax.nn.functional import names_of

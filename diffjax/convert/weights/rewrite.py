@@ -9,13 +9,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import Survey, check_dtype, check_fits, read_config, some, type_of
-from diffjax.convert.weights.layout import Place, layout, read, split
+from diffjax.convert.weights.errors import WeightsError, some
+from diffjax.convert.weights.folders.find import read_config
+from diffjax.convert.weights.folders.save import SHARD_BYTES, write_folder
+from diffjax.convert.weights.folders.survey import Survey, check_fits, survey
 from diffjax.convert.weights.originals import survey_original
-from diffjax.convert.weights.survey import survey
+from diffjax.convert.weights.places.layout import Place, layout, read, split, type_of
 from diffjax.convert.weights.tensors import Source, Tensor, read_header
-from diffjax.convert.weights.write import SHARD_BYTES, cast, write_folder
+from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
 from diffjax.models import NETWORKS
 
 # Whose names the tensors get: those of the checkpoint's class, or `a/b/kernel` as in `params.safetensors`.

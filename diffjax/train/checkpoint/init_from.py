@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.convert.weights.names import PARAMS, weights_of
+from diffjax.convert.weights.folders.names import PARAMS, weights_of
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.train import paths
 from diffjax.train.checkpoint.params import CHECKPOINTS, RAW
@@ -171,8 +171,8 @@ def open_source(config: ConfigDict) -> dict[str, Leaf]:
 
 def of_checkpoint(folder: Path) -> dict[str, Leaf]:
     """The parameters of a folder with the `config.json` of a network of `diffjax.models.NETWORKS`, and its weights."""
-    from diffjax.convert.weights.folder import opened, type_of
-    from diffjax.convert.weights.layout import read
+    from diffjax.convert.weights.folders.survey import opened
+    from diffjax.convert.weights.places.layout import read, type_of
 
     try:
         found = opened(folder)

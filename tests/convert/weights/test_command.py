@@ -12,8 +12,8 @@ import pytest
 
 from diffjax import cli
 from diffjax.convert import load, save
-from diffjax.convert.weights.folder import find
-from diffjax.convert.weights.survey import unusual
+from diffjax.convert.weights.folders.find import find
+from diffjax.convert.weights.folders.survey import unusual
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.models import from_config
 from diffjax.nn.functional import names_of

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from diffjax.convert.weights import WeightsError, folder
-from diffjax.convert.weights.folder import find, read_config
+from diffjax.convert.weights import WeightsError, load
+from diffjax.convert.weights.folders.find import find, read_config
 from diffjax.convert.weights.tensors import DTYPES, parse_header, read_header
 
 MB = 1 << 20
@@ -252,5 +252,5 @@ SETTINGS = st.sampled_from(["dropout", "activation_fn", "architectures", "_class
 @given(SETTINGS, JUNK)
 def test_configs_of_any_settings(place, key, value):
     with pytest.raises(ValueError) as error:
-        folder.load(place / "a.safetensors", config=CONFIG | {key: value})
+        load(place / "a.safetensors", config=CONFIG | {key: value})
     assert len(str(error.value)) < 3000

@@ -43,7 +43,7 @@ def ours(model, params, given):
     import jax.numpy as jnp
     import numpy as np
 
-    from diffjax.convert.weights.layout import layout
+    from diffjax.convert.weights.places.layout import layout
     from diffjax.models import from_config
     from diffjax.nn.functional import names_of
 

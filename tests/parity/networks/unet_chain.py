@@ -91,7 +91,7 @@ def drawn(model, prefix=""):
     import jax.numpy as jnp
     import numpy as np
 
-    from diffjax.convert.weights.layout import layout
+    from diffjax.convert.weights.places.layout import layout
     from diffjax.nn.functional import names_of
 
     shapes = jax.eval_shape(model.init, jax.random.key(0))

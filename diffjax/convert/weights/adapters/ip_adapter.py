@@ -16,10 +16,12 @@ import jax
 import numpy as np
 
 from diffjax.adapters.ip_adapter import Adapter, Keys, attentions, projection
-from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import check_dtype, compare, find, some, type_of
-from diffjax.convert.weights.layout import Place, layout, place, read, split
+from diffjax.convert.weights.errors import WeightsError, some
+from diffjax.convert.weights.folders.find import find
+from diffjax.convert.weights.places.layout import Place, layout, place, read, split, type_of
+from diffjax.convert.weights.places.match import compare
 from diffjax.convert.weights.tensors import Source, Tensor, write
+from diffjax.convert.weights.tensors.dtypes import check_dtype
 from diffjax.core.types import Model
 from diffjax.nn.functional import names_of, nested
 

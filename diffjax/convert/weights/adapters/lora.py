@@ -25,10 +25,11 @@ from diffjax.convert.weights.adapters.lora_names import (
     taken_apart,
     targets_of,
 )
-from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import check_dtype, find, some, type_of
-from diffjax.convert.weights.layout import AXES, Place
+from diffjax.convert.weights.errors import WeightsError, some
+from diffjax.convert.weights.folders.find import find
+from diffjax.convert.weights.places.layout import AXES, Place, type_of
 from diffjax.convert.weights.tensors import Source, Tensor, write
+from diffjax.convert.weights.tensors.dtypes import check_dtype
 from diffjax.core.types import Model
 
 

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from diffjax.convert.weights.adapters.lora_names import COMPONENTS, group
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import read_json
-from diffjax.convert.weights.strict import parse, shown
 from diffjax.convert.weights.tensors import read_header
+from diffjax.convert.weights.tensors.strict import parse, read_json, shown
 
 METADATA = "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")

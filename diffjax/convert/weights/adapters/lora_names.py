@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import jax
 
 from diffjax.adapters.lora import layers_of, stacked
-from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import some
-from diffjax.convert.weights.layout import place
+from diffjax.convert.weights.errors import WeightsError, some
 from diffjax.convert.weights.originals.load import MODULES, complete
-from diffjax.convert.weights.strict import shown
+from diffjax.convert.weights.places.layout import place
+from diffjax.convert.weights.tensors.strict import shown
 from diffjax.core.types import Model
 from diffjax.nn.functional import names_of
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import find
+from diffjax.convert.weights.folders.find import find
 from diffjax.convert.weights.tensors import Source, Tensor, write
 
 UNNAMED = "emb_params"  # A1111: the token is the file's name

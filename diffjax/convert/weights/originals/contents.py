@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from diffjax.convert.weights.folder import find
-from diffjax.convert.weights.originals import flux, mmdit, unet, vae
+from diffjax.convert.weights.folders.find import find
+from diffjax.convert.weights.originals.tables import flux, mmdit, unet, vae
 from diffjax.convert.weights.tensors import Tensor
 
 # Folders of a U-Net's tensors; the average of its parameters lies beside it, under names without dots.

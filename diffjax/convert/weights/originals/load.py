@@ -9,13 +9,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import Survey, build, check_dtype, check_fits, compare, match, parameters, told_of
-from diffjax.convert.weights.layout import layout
-from diffjax.convert.weights.originals import flux, mmdit, text, unet, vae
+from diffjax.convert.weights.errors import WeightsError, told_of
+from diffjax.convert.weights.folders.load import parameters
+from diffjax.convert.weights.folders.survey import Survey, build, check_fits
 from diffjax.convert.weights.originals.contents import Contents, Part, flat, original_components
-from diffjax.convert.weights.originals.names import Naming, arrange, cut, fit
-from diffjax.convert.weights.originals.views import Unit
+from diffjax.convert.weights.originals.tables import flux, mmdit, text, unet, vae
+from diffjax.convert.weights.originals.tables.naming import Naming, arrange, cut, fit
+from diffjax.convert.weights.places.layout import layout
+from diffjax.convert.weights.places.match import compare, match
+from diffjax.convert.weights.tensors.dtypes import check_dtype
+from diffjax.convert.weights.tensors.views import Unit
 from diffjax.core.types import Model
 from diffjax.models import kind_of
 from diffjax.nn.functional import names_of

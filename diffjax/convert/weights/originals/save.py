@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import check_dtype
+from diffjax.convert.weights.folders.save import tensors_of
 from diffjax.convert.weights.originals.contents import UNET
 from diffjax.convert.weights.originals.load import MODULES, complete
-from diffjax.convert.weights.originals.names import Slot, arrange
+from diffjax.convert.weights.originals.tables.naming import Slot, arrange
 from diffjax.convert.weights.tensors import Source, write
-from diffjax.convert.weights.write import tensors_of
+from diffjax.convert.weights.tensors.dtypes import check_dtype
 from diffjax.core.types import Model
 from diffjax.models import kind_of
 

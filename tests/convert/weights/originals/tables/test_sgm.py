@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffjax.convert.weights.sgm import sgm_name
+from diffjax.convert.weights.originals.tables.sgm import sgm_name
 
 NAMES = {
     "conv_in": "input_blocks.0.0",

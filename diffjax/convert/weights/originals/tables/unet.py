@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.originals.names import Cut, Naming
-from diffjax.convert.weights.sgm import sgm_name
+from diffjax.convert.weights.originals.tables.naming import Cut, Naming
+from diffjax.convert.weights.originals.tables.sgm import sgm_name
 
 # The first tensor of each, to recognise one by.
 FIRST = "input_blocks.0.0.weight"

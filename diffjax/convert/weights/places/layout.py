@@ -7,16 +7,18 @@ layers, one tensor each.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.strict import shown
 from diffjax.convert.weights.tensors import Tensor, bounds
+from diffjax.convert.weights.tensors.strict import shown
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # From the axes of PyTorch's weights (outputs first, then inputs, then space) to ours (space, inputs, outputs).
@@ -115,3 +117,15 @@ def split(place: Place, array: np.ndarray) -> dict[str, np.ndarray]:
     parts = array if place.stacked else array[None]
     back = np.argsort(place.axes)
     return {key: part.transpose(back) for key, part in zip(place.keys, parts, strict=True)}
+
+
+def type_of(place: Place, tensors: Mapping[str, Tensor], dtype: str | None) -> np.dtype:
+    """The type of a parameter that is read: `dtype` if it is given and both are of floating point."""
+    found = sorted({tensors[key].dtype for key in place.keys}, key=str)
+    if len(found) > 1:
+        # Of the types of floating point with 8 bits none holds the values of the other.
+        wide = [jnp.dtype("bfloat16") if jnp.issubdtype(d, jnp.floating) and d.itemsize == 1 else d for d in found]
+        found = [functools.reduce(jnp.promote_types, wide)]
+    given = np.dtype(found[0])
+    floating = dtype is not None and jnp.issubdtype(given, jnp.floating)
+    return jnp.dtype(dtype) if floating else given

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from diffjax.convert.weights import WeightsError, load, load_original, original_components, save_original
-from diffjax.convert.weights.folder import find
+from diffjax.convert.weights.folders.find import find
 from diffjax.convert.weights.originals import survey_original
 from diffjax.convert.weights.originals.load import infer
 from diffjax.convert.weights.tensors import Source, Tensor, write
 from diffjax.nn.functional import names_of
 
-PARITY = Path(__file__).parents[2] / "parity"
+PARITY = Path(__file__).parents[3] / "parity"
 sys.path.insert(0, str(PARITY))
 import networks  # noqa: E402
 
@@ -148,11 +148,11 @@ def test_of_a_fused_tensor_only_the_part_is_read(tmp_path, monkeypatch):
     path, case = file_of(tmp_path, drawn("tiny-flux")), "tiny-flux"
     found = survey_original(path, "transformer", config=CONVERTED[case]["config"])
     read = []
-    from diffjax.convert.weights import tensors
+    from diffjax.convert.weights.tensors import read as reading
 
-    real = tensors._read
+    real = reading._read
     noted = lambda file, out, tensor: (read.append((tensor.offset, tensor.nbytes)), real(file, out, tensor))
-    monkeypatch.setattr(tensors, "_read", noted)
+    monkeypatch.setattr(reading, "_read", noted)
     whole_tensor = original_components(path).parts["transformer"].tensors["single_blocks.1.linear1.weight"]
     at = 0
     for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):

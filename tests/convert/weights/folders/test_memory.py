@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "load_memory.py"
+BENCHMARK = Path(__file__).parents[4] / "benchmarks" / "load_memory.py"
 
 
 @pytest.mark.slow

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import check_dtype, read_json, some, told_of
-from diffjax.convert.weights.layout import Place, layout, split
-from diffjax.convert.weights.names import PARAMS, STEMS, index_of, is_index, is_of, weights_of
-from diffjax.convert.weights.tensors import Source, writing
+from diffjax.convert.weights.errors import WeightsError, some, told_of
+from diffjax.convert.weights.folders.names import PARAMS, STEMS, index_of, is_index, is_of, weights_of
+from diffjax.convert.weights.places.layout import Place, layout, split
+from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
+from diffjax.convert.weights.tensors.strict import read_json
+from diffjax.convert.weights.tensors.write import Source, writing
 from diffjax.core.types import Model
 from diffjax.files import replacing, write_text
 from diffjax.nn.functional import check_params, names_of
@@ -72,12 +73,6 @@ def tensors_of(model: Model, params: dict, target: str | os.PathLike, dtype: str
         for i, key in enumerate(place.keys):
             tensors[key] = Source(kept, place.shape, _reader(place, given[name], i, kept))
     return tensors
-
-
-def cast(given: Any, dtype: str | None) -> np.dtype:
-    """`dtype` for a type of floating point, where it is given; else the type itself."""
-    floating = dtype is not None and jnp.issubdtype(given, jnp.floating)
-    return jnp.dtype(dtype) if floating else np.dtype(given)
 
 
 def _reader(place: Place, leaf, i: int, dtype) -> Callable[[], np.ndarray]:

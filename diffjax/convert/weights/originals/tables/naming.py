@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.folder import Report
-from diffjax.convert.weights.originals.views import Joined, rows
+from diffjax.convert.weights.places.match import Report
 from diffjax.convert.weights.tensors import Tensor
+from diffjax.convert.weights.tensors.views import Joined, rows
 
 TOKENS = {"#": r"(\d+)", "*": "(weight|bias)", "~": "(.+)"}
 

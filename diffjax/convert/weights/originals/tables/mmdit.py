@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffjax.convert.weights.originals.names import Naming, table
+from diffjax.convert.weights.originals.tables.naming import Naming, table
 
 FIRST = "joint_blocks.0.x_block.attn.qkv.weight"
 HEAD = 64  # channels of a head in all of them

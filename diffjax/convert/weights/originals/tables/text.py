@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffjax.convert.weights.originals.names import Naming, table
+from diffjax.convert.weights.originals.tables.naming import Naming, table
 from diffjax.models import kind_of
 
 HEAD = 64  # channels of a head in all of them

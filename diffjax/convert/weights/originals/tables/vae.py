@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.originals.names import Naming, table
+from diffjax.convert.weights.originals.tables.naming import Naming, table
 
 FIRST = "encoder.down.0.block.0.conv1.weight"
 # By family: the factor on latents and what is taken off before; pixels that it was trained at.

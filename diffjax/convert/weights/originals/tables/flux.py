@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.originals.names import Naming, table
+from diffjax.convert.weights.originals.tables.naming import Naming, table
 
 FIRST = "double_blocks.0.img_attn.qkv.weight"
 TWO, ONE = "transformer_blocks.#", "single_transformer_blocks.#"

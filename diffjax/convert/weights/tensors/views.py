@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffjax.convert.weights.tensors import Tensor, bounds, checked
+from diffjax.convert.weights.tensors import Tensor, bounds
+from diffjax.convert.weights.tensors.read import checked
 
 
 def rows(tensor: Tensor, start: int, stop: int) -> Tensor:

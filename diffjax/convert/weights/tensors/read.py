@@ -1,4 +1,4 @@
-"""Safetensors files: where each tensor lies, checked before memory is spent on any, and how to write them.
+"""Safetensors files, read: where each tensor lies, checked before memory is spent on any.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the length of a header, little endian; the header,
 a JSON object from names to `dtype`, `shape` and `data_offsets`; the tensors, row major, without gaps.
@@ -6,21 +6,17 @@ a JSON object from names to `dtype`, `shape` and `data_offsets`; the tensors, ro
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.strict import parse, shown
-from diffjax.files import replacing
+from diffjax.convert.weights.tensors.dtypes import DTYPES
+from diffjax.convert.weights.tensors.strict import parse, shown
 
 # The largest header that the safetensors package reads.
 LONGEST_HEADER = 100_000_000
@@ -33,14 +29,6 @@ OTHERS = {
     rb"PK\x03\x04": "a zip file, as PyTorch's pickles are, under another name; it is not opened",
     rb"\x80[\x02-\x05]": "a pickle under another name, which runs code of its own when it is read; it is not opened",
 }
-DTYPES = {
-    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": jnp.dtype("bfloat16"),
-    "F8_E4M3": jnp.dtype("float8_e4m3fn"), "F8_E5M2": jnp.dtype("float8_e5m2"),
-    "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
-    "BOOL": np.dtype("bool"),
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Tensor(NamedTuple):
@@ -222,65 +210,3 @@ def _check_layout(path, tensors, begin, size):
     if at != size:
         what = "cut off" if at > size else "too long"
         raise WeightsError(f"{path}: {what}: its tensors end at byte {at}, the file at {size}; copy it again")
-
-
-class Source(NamedTuple):
-    """A tensor to be written: `read()` gives the array when its turn comes, so that one is in memory at a time."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-    @classmethod
-    def of(cls, leaf: Any, dtype: Any = None) -> Source:
-        """An array of numpy or JAX, brought to the host when its turn comes; as `dtype` where that is given."""
-        kept = np.dtype(leaf.dtype if dtype is None else dtype)
-        return cls(kept, tuple(leaf.shape), lambda: np.asarray(leaf).astype(kept, copy=False))
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> Iterator[None]:
-    """A safetensors file that is written, and takes the place of `path` in one move when the block ends well.
-
-    After an error, such as a full disk, `path` is what it was. Wide types come first, so that every tensor lies at a
-    multiple of its type's size.
-
-    Raises:
-      WeightsError: for a type that the format does not have, or an array that is not what its source says.
-      OSError: disk full, folder gone or read-only.
-    """
-    unknown = {name: source.dtype for name, source in tensors.items() if source.dtype not in NAMES}
-    if unknown:
-        name, dtype = next(iter(unknown.items()))
-        raise WeightsError(f"{path}: tensor {name!r} has type {dtype}, which safetensors does not have")
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
-    for name, source in ordered:
-        header[name] = dict(
-            dtype=NAMES[source.dtype], shape=list(source.shape), data_offsets=[at, at + source.nbytes]
-        )
-        at += source.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, source in ordered:
-            array = source.read()
-            if (array.shape, array.dtype) != (source.shape, source.dtype):
-                raise _wrong(path, name, f"{array.dtype} {array.shape} instead of {source.dtype} {source.shape}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        # A full disk is met here, before any file of the same folder is moved.
-        file.flush()
-        os.fsync(file.fileno())
-        yield
-
-
-def write(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file with `writing`."""
-    with writing(path, tensors, metadata):
-        pass

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+from pathlib import Path
 from typing import Any
 
+from diffjax.convert.weights.errors import WeightsError
+
+LONGEST_JSON = 20_000_000
 DEEPEST = 64  # values inside one another; more would end in an error of Python's stack somewhere else
 LONGEST_NUMBER = 20  # digits: of 2**64 - 1
 
@@ -74,3 +78,16 @@ def _constant(text):
 
 
 HOOKS = dict(object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_constant)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; raises `WeightsError` for anything else."""
+    if path.stat().st_size > LONGEST_JSON:
+        raise WeightsError(f"{path}: {path.stat().st_size} bytes are too many for a file of settings")
+    try:
+        value = parse(path.read_bytes())
+    except ValueError as error:
+        raise WeightsError(f"{path}: no JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value

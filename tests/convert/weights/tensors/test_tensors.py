@@ -12,9 +12,10 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from diffjax.convert.weights import WeightsError, tensors
-from diffjax.convert.weights.originals.views import Joined, Unit
+from diffjax.convert.weights import WeightsError
 from diffjax.convert.weights.tensors import DTYPES, Source, Tensor, read_header, write, writing
+from diffjax.convert.weights.tensors import read as reading
+from diffjax.convert.weights.tensors.views import Joined, Unit
 
 # What the numpy interface of the package writes, but does not read.
 OPAQUE = {"BF16", "F8_E4M3", "F8_E5M2"}
@@ -175,7 +176,7 @@ def test_parts_are_those_of_the_whole(tmp_path, monkeypatch):
     write(path, {key: source(array) for key, array in arrays.items()}, {})
     found = read_header(path)[0]
     for chunk in (1, 8, 100, 1 << 20):
-        monkeypatch.setattr(tensors, "CHUNK", chunk)
+        monkeypatch.setattr(reading, "CHUNK", chunk)
         for key, array in arrays.items():
             for _ in range(8):
                 ends = [np.sort(rng.integers(0, n + 1, 2)) for n in array.shape]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffjax.convert.weights import WeightsError
-from diffjax.convert.weights.layout import MOST_LAYERS, place, read, split
+from diffjax.convert.weights.places.layout import MOST_LAYERS, place, read, split
 from diffjax.convert.weights.tensors import Source, read_header, write
 
 

@@ -1,0 +1,1 @@
+"""Networks in folders, as diffusers and transformers have them."""

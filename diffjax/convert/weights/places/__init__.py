@@ -1,0 +1,1 @@
+"""Where the parameters of networks lie in checkpoints, and whether they are there."""
