@@ -286,7 +286,8 @@ _OF_FOLDERS = ("variant", "dtype", "values")
 
 def inspect_folder(arguments, overrides) -> int:
     """`diffjax inspect FOLDER`; 1 if what it holds does not fit."""
-    from diffjax.pipelines.folders import describe_folder, is_run
+    from diffjax.folders.convert import is_run
+    from diffjax.folders.inspect import describe_folder
 
     others = [name for name in ("config", "workdir", "accelerator", "fast") if getattr(arguments, name)]
     if is_run(arguments.FOLDER) and "config" not in others and "workdir" not in others:
@@ -309,7 +310,7 @@ def convert(arguments, overrides) -> int:
         raise UsageError(f"--config.{next(iter(overrides))}: convert takes no config")
     if not (arguments.SOURCE and arguments.TARGET):
         raise UsageError("convert: two folders are needed, as in diffjax convert sd/unet sd16/unet --dtype=float16")
-    from diffjax.pipelines.folders import convert as run
+    from diffjax.folders.convert import convert as run
 
     options = _given(arguments, "dtype", "variant", "shard_gb", "keys", "component", "family", "ema", "step")
     run(arguments.SOURCE, arguments.TARGET, overwrite=arguments.overwrite, **options)

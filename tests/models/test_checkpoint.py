@@ -12,9 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffjax.convert import load, save
+from diffjax.folders.convert import convert
 from diffjax.models import checkpoint, from_config
 from diffjax.nn.functional import names_of
-from diffjax.pipelines.folders import convert
 from diffjax.train import loop
 from diffjax.train.errors import ConfigError
 from diffjax.train.parts import prepare

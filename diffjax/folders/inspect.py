@@ -1,32 +1,23 @@
-"""`diffjax inspect FOLDER` and `diffjax convert`: folders of weights, looked at and written again."""
+"""`diffjax inspect FOLDER`: what a folder of weights, a pipeline or a file holds, and whether it fits."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from tqdm import tqdm
 
-from diffjax.convert.weights import WeightsError, rewrite, save
 from diffjax.convert.weights.errors import printable, some
-from diffjax.convert.weights.folders.save import SHARD_BYTES, write_folder
 from diffjax.convert.weights.folders.survey import PIPELINE, Survey, components, survey, unusual
 from diffjax.convert.weights.originals import Contents, original_components, survey_original
 from diffjax.convert.weights.places.layout import type_of
-from diffjax.convert.weights.rewrite import check_keys, check_target, watched
-from diffjax.convert.weights.tensors import Source
 from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
-from diffjax.models import NETWORKS, from_config
-from diffjax.train.checkpoint.params import CHECKPOINTS
+from diffjax.folders.progress import progress_bar
 from diffjax.train.describe import size_text
-from diffjax.train.survival.workdir import CONFIG_FILE
 
 LARGEST = 8
 HEAD = ("component", "class", "parameters", "bytes", "weights")  # of tables of several networks
@@ -46,11 +37,6 @@ class Entry(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.count * self.dtype.itemsize
-
-
-def is_run(folder: str | os.PathLike) -> bool:
-    """Whether a folder is the workdir of a training run."""
-    return Path(folder, CONFIG_FILE).is_file() and Path(folder, CHECKPOINTS).is_dir()
 
 
 def describe_folder(
@@ -217,86 +203,9 @@ def _table(rows) -> str:
 
 def _watch(tensors) -> Iterator:
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with _bar("reading", total) as progress:
+    with progress_bar("reading", total) as progress:
         done = 0
         for name, tensor in tensors.items():
             yield name, tensor
             done += tensor.nbytes
             progress(done, total)
-
-
-@contextlib.contextmanager
-def _bar(what: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    with tqdm(desc=what, unit="B", unit_scale=True, total=total, disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
-def convert(
-    source: str, target: str, *, dtype: str | None = None, variant: str | None = None, shard_gb: float | None = None,
-    keys: str | None = None, component: str | None = None, family: str | None = None, ema: str | None = None,
-    step: int | str | None = None, overwrite: bool = False,
-) -> None:  # fmt: skip
-    """Writes the network of a checkpoint folder, an original checkpoint or a training run into another folder.
-
-    Args:
-      source: as for `diffjax.convert.weights.rewrite`, or the workdir of a run.
-      target, dtype, variant, keys, component, family, overwrite: as for `diffjax.convert.weights.rewrite`.
-      shard_gb: most GB of tensors in one file.
-      ema, step: of a run, which average and which checkpoint; see `diffjax.train.state.load_run`.
-
-    Raises:
-      WeightsError: as `rewrite`.
-      ValueError: for an unknown name, or a run whose network has no class in `NETWORKS`, unless `keys` is "params".
-      OSError: disk full, folder read-only; what was in `target` is whole.
-    """
-    check_dtype("dtype", dtype)
-    if shard_gb is not None and not 1e-9 <= shard_gb < math.inf:
-        raise ValueError(f"--shard-gb={shard_gb:g}: expected a number above 0")
-    shard_bytes = SHARD_BYTES if shard_gb is None else round(shard_gb * 1e9)
-    if is_run(target):
-        raise ValueError(f"{target} is a run, whose config would be replaced; name another folder")
-    with _bar("converting") as progress:
-        if is_run(source):
-            if component or family or variant:
-                other = "--component and --family" if component or family else "--variant"
-                raise ValueError(f"{other}: {source} is a run, which has no such parts")
-            _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress)
-            return
-        if ema or step is not None:
-            raise ValueError(f"{source} is no run and has no averages or steps to choose from")
-        if not component and Path(source).is_file() and (parts := original_components(source).parts):
-            if len(parts) > 1:
-                raise ValueError(f"{source} has several networks: name one, --component={'|'.join(parts)}")
-            component = next(iter(parts))
-        given = dict(dtype=dtype, variant=variant, shard_bytes=shard_bytes, keys=keys)
-        given |= dict(component=component, family=family)
-        rewrite(source, target, **given, overwrite=overwrite, progress=progress)
-
-
-def _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress):
-    from diffjax.train import paths
-    from diffjax.train.state import load_run
-
-    check_target(target, overwrite)
-    check_keys(keys)
-    run = load_run(source, ema=ema, step=step, items=False)
-    network = run.model.config.get("network", {})
-    if keys == "params":
-        leaves = paths.named_leaves(run.params)
-        sources = {name: Source.of(leaf, cast(leaf.dtype, dtype)) for name, leaf in leaves.items()}
-        write_folder(target, run.model.config, watched(sources, progress), shard_bytes=shard_bytes, params=True)
-    elif network.get("_class_name") in NETWORKS:
-        model = from_config(network)
-        # What a loss has learnt besides is none of the network's.
-        own = {name: run.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
-        save(model, own, target, dtype=dtype, shard_bytes=shard_bytes)
-    else:
-        raise WeightsError(
-            f"{source}: its network {run.config.model.name!r} is of no class that checkpoints have "
-            f"({', '.join(NETWORKS)}); --keys=params writes it for config.init_from"
-        )

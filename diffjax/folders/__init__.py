@@ -1,0 +1,1 @@
+"""Folders of weights on the command line: looked at, and written again."""
