@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffjax.convert.weights.errors import some
 from diffjax.convert.weights.folders.names import PARAMS, weights_of
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.train import paths
@@ -164,7 +165,7 @@ def open_source(config: ConfigDict) -> dict[str, Leaf]:
             raise ConfigError(f"config.init_from: {file} cannot be read ({error}); write it again") from error
         twice = sorted(set(found) & set(leaves))
         if twice:
-            raise ConfigError(f"config.init_from: {file} names arrays that another file has too: {', '.join(twice)}")
+            raise ConfigError(f"config.init_from: {file} names arrays that another file has too: {some(twice)}")
         leaves |= found
     return leaves
 

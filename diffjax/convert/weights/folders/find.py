@@ -35,6 +35,8 @@ def find(path: Path, variant: str | None = None) -> dict[str, Tensor]:
     Raises:
       WeightsError: for damaged files, pickles, an index that leaves its folder or does not fit its files, or a folder
         without weights.
+      ValueError: for a file and a variant.
+      OSError: if something cannot be read.
     """
     if path.is_file():
         if variant:

@@ -37,7 +37,7 @@ def load(
 
     Raises:
       WeightsError: for files that are damaged, pickled, or do not hold the network's parameters, each exactly once.
-      ValueError: for a config that describes no network that is known here.
+      ValueError: for a config that describes no network that is known here; for a file and a variant.
       OSError: if something cannot be read.
     """
     check_dtype("param_dtype", param_dtype)
