@@ -279,20 +279,25 @@ def projection(shapes: Mapping[str, tuple[int, ...]], **how) -> Functional:
 def _projection(shapes):
     if any(name.startswith("perceiver_resampler/") for name in shapes) or {"proj/0/kernel", "norm/scale"} <= {*shapes}:
         raise ValueError(f"{KIND}: FaceID is not supported; supported: plain, Plus, full face")
+    empty = next((name for name, shape in shapes.items() if 0 in shape), None)
+    if empty is not None:
+        raise ValueError(f"{KIND}: image_proj has {empty[:200]!r} of shape {tuple(shapes[empty])}, of no numbers")
     if "latents" in shapes:
-        (_, queries, hidden), (width_in, _) = shapes["latents"], shapes["proj_in/kernel"]
+        (_, queries, hidden), (width_in, _), (_, width) = (
+            shapes[name] for name in ("latents", "proj_in/kernel", "proj_out/kernel")
+        )
         stacked = next((name.partition("/0/to_q/")[0] for name in shapes if name.endswith("/0/to_q/kernel")), "layers")
         depth, _, inner = shapes[f"{stacked}/0/to_q/kernel"]
         *_, up = shapes[f"{stacked}/1/1/kernel"]
-        if not inner or inner % HEAD:
+        if inner % HEAD:
             raise ValueError(f"{KIND}: a resampler of {inner} channels; expected heads of {HEAD}")
         sizes = dict(queries=queries, hidden=hidden, inner=inner, up=up, depth=depth)
-        return lambda **given: Resampler(width_in, shapes["proj_out/kernel"][-1], **sizes, **given)
+        return lambda **given: Resampler(width_in, width, **sizes, **given)
     if "proj/3/scale" in shapes:
         (width_in, hidden), (width,) = shapes["proj/0/kernel"], shapes["proj/3/scale"]
         return lambda **given: Full(width_in, hidden, width, **given)
     (width_in, columns), (width,) = shapes["proj/kernel"], shapes["norm/scale"]
-    if not width or columns % width:
+    if columns % width:
         raise ValueError(f"{KIND}: a projection to {columns} channels is not of tokens with {width}")
     return lambda **given: Plain(width_in, width, columns // width, **given)
 

@@ -162,6 +162,11 @@ WRONG = {
     "loras": (lambda t: t | {"ip_adapter.0.to_k_lora.down.weight": np.zeros((8, 2))}, "FaceID is not supported"),
     "face": (lambda t: t | {"image_proj.proj.0.weight": np.zeros((8, 2))}, "FaceID is not supported"),
     "resampler": (lambda t: t | {"image_proj.latents": np.zeros((1, 3, 8))}, "no kind that is known: there is no"),
+    "output": (
+        lambda t: t | {"image_proj.latents": np.zeros((1, 3, 8)), "image_proj.proj_in.weight": np.zeros((8, 6))},
+        "no kind that is known: there is no 'proj_out/kernel'",
+    ),
+    "empty": (lambda t: t | {"image_proj.norm.weight": np.zeros(0)}, r"'norm/scale' of shape \(0,\), of no numbers"),
     "nothing": (lambda t: {"x": np.zeros(2)}, "no kind that is known: there is no 'proj/kernel'"),
     "tokens": (lambda t: t | {"image_proj.norm.weight": np.zeros(7)}, "48 channels is not of tokens with 7"),
 }  # fmt: skip
