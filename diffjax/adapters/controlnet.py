@@ -57,7 +57,7 @@ class Settings:
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     num_class_embeds: int | None = None
-    upcast_attention: bool = False  # the softmax is in float32 in any case
+    upcast_attention: bool | None = False  # the softmax is in float32 in any case
     resnet_time_scale_shift: str = "default"
     projection_class_embeddings_input_dim: int | None = None
     controlnet_conditioning_channel_order: str = "rgb"

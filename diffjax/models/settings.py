@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +28,19 @@ def read(kind: str, settings: type[T], config: Mapping[str, Any], ignored: froze
     weights were averaged, those of `ignored` what does not change the network; they are passed over.
 
     Raises:
-      ValueError: for a key that the class lacks, or a value whose type is not that of the default.
+      ValueError: for a key that the class lacks, or a value that is not of the type which the class tells.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
-    ignored = ignored | (AVERAGED - defaults.keys())
+    fields, hints = {field.name: field for field in dataclasses.fields(settings)}, _hints(settings)
+    ignored = ignored | (AVERAGED - fields.keys())
     given = {k: _tuples(v) for k, v in config.items() if not k.startswith("_") and k not in ignored}
     for name, value in given.items():
-        if name not in defaults:
+        if name not in fields:
             raise ValueError(
-                f"{kind}: unknown setting {name!r} (here {value!r}); known: {', '.join(defaults)}"
-                f"{nearest(name, defaults)}"
+                f"{kind}: unknown setting {name!r} (here {value!r}); known: {', '.join(fields)}{nearest(name, fields)}"
             )
-        if not _fits(value, defaults[name]):
-            wanted = type(defaults[name]).__name__
-            raise ValueError(f"{kind}: {name}={value!r}: expected {wanted}, such as {defaults[name]!r}")
+        if not _fits(value, hints[name]):
+            wanted, default = fields[name].type, fields[name].default
+            raise ValueError(f"{kind}: {name}={value!r}: expected {wanted}, such as {default!r}")
     return settings(**given)
 
 
@@ -112,10 +113,17 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of the default's type; None, and what may be None, is not looked at."""
-    if default is None or value is None or isinstance(default, tuple) or isinstance(value, tuple):
-        return True
-    if isinstance(default, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is type(default)
+_hints = functools.cache(get_type_hints)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type: of a scalar, a tuple or a dict, or one of several; an int is a float."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        items = get_args(hint)
+        items = items[:1] * len(value) if isinstance(value, tuple) and items[-1] is Ellipsis else items
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint

@@ -72,7 +72,7 @@ def test_one_without_positions_takes_the_tokens_of_the_denoiser():
         (dict(caption_projection_dim=9), "caption_projection_dim=9.* num_attention_heads \\* attention_head_dim = 8"),
         (dict(qk_norm="l2"), "qk_norm='l2' is not supported; supported: None, 'layer_norm'"),
         (dict(pos_embed_max_size=0), "pos_embed_max_size=0: expected an integer >= 1"),
-        (dict(dual_attention_layers=3), "dual_attention_layers=3: expected numbers of layers"),
+        (dict(dual_attention_layers=3), "dual_attention_layers=3: expected tuple"),
         (dict(num_layers=0), "num_layers=0: expected an integer >= 1"),
         (dict(pos_embed_type="rope"), "pos_embed_type='rope' is not supported; supported: 'sincos', None"),
         (dict(pos_embed_typo=1), "unknown setting 'pos_embed_typo'.*did you mean 'pos_embed_type'"),

@@ -1,8 +1,10 @@
 """Settings that make no network are refused with the nearest that do, before anything is allocated."""
 
+import re
+
 import pytest
 
-from diffjax.models import MODELS, preset
+from diffjax.models import MODELS, from_config, preset
 from diffjax.registry import build
 
 WRONG = [
@@ -39,6 +41,25 @@ WRONG = [
 def test_wrong_settings(spec, message):
     with pytest.raises(ValueError, match=message):
         build(spec, MODELS, "model", shape=(16, 24, 3), num_classes=10)
+
+
+@pytest.mark.parametrize(
+    "kind, name, value, wanted",
+    [
+        ("DiTTransformer2DModel", "num_layers", None, "int, such as 28"),
+        ("DiTTransformer2DModel", "num_layers", True, "int, such as 28"),
+        ("DiTTransformer2DModel", "norm_eps", "1e-5", "float, such as 1e-05"),
+        ("DiTTransformer2DModel", "out_channels", "8", "int | None, such as None"),
+        ("UNet2DModel", "block_out_channels", 64, "tuple[int, ...], such as"),
+        ("UNet2DModel", "block_out_channels", [64, None], "tuple[int, ...], such as"),
+        ("UNet2DModel", "sample_size", [64, 64, 3], "int | tuple[int, int] | None, such as None"),
+        ("UNet2DModel", "act_fn", ["silu"], "str, such as 'silu'"),
+        ("UNet2DConditionModel", "transformer_layers_per_block", [1, [2, "3"]], "int | tuple[int | tuple[int, ...], "),
+    ],
+)
+def test_a_value_of_another_type_is_refused(kind, name, value, wanted):
+    with pytest.raises(ValueError, match=re.escape(f"{kind}: {name}=") + ".*" + re.escape(f"expected {wanted}")):
+        from_config({"_class_name": kind, name: value})
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -69,7 +69,7 @@ class Settings:
     joint_attention_dim: int = 4096
     pooled_projection_dim: int = 768
     guidance_embeds: bool = False
-    axes_dims_rope: tuple = (16, 56, 56)
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
 
 def pack(latents: jax.Array) -> jax.Array:

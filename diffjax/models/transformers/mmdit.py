@@ -283,8 +283,6 @@ def check_settings(kind: str, c: Any) -> None:
         )
     if c.pos_embed_max_size is not None:
         check_least(kind, 1, pos_embed_max_size=c.pos_embed_max_size)
-    if not isinstance(c.dual_attention_layers, tuple) or not all(type(i) is int for i in c.dual_attention_layers):
-        raise ValueError(f"{kind}: dual_attention_layers={c.dual_attention_layers!r}: expected numbers of layers")
 
 
 def check_image(kind: str, c: Any, x: jax.Array, channels: int, *, name: str = "x", positions: bool = True) -> None:

@@ -57,8 +57,8 @@ class Settings:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple = 1
-    reverse_transformer_layers_per_block: tuple | None = None
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     encoder_hid_dim: int | None = None
     encoder_hid_dim_type: str | None = None
     attention_head_dim: int | tuple[int, ...] = 8  # in transformers the number of heads
@@ -69,7 +69,7 @@ class Settings:
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     num_class_embeds: int | None = None
-    upcast_attention: bool = False  # the softmax is in float32 in any case
+    upcast_attention: bool | None = False  # the softmax is in float32 in any case
     resnet_time_scale_shift: str = "default"
     resnet_skip_time_act: bool = False
     resnet_out_scale_factor: float = 1.0
