@@ -61,7 +61,7 @@ class How(NamedTuple):
 
 def how(
     kind: str, *, dtype: str = "float32", param_dtype: str = "float32", attention: str = "xla", scan: bool = True,
-    remat: str | bool = "none",
+    remat: str | bool = "none", **unknown,
 ) -> How:  # fmt: skip
     """The settings that every network takes besides those of its checkpoint.
 
@@ -76,6 +76,12 @@ def how(
       ValueError: for an unknown name.
       ImportError: for `attention="tokamax"` without the package.
     """
+    for name, value in unknown.items():
+        known = ("dtype", "param_dtype", "attention", "scan", "remat")
+        raise ValueError(
+            f"{kind}: unknown keyword {name}={value!r}; known: {', '.join(known)}{nearest(name, known)}; what the "
+            "checkpoint sets goes into its config"
+        )
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         check_name(kind, name, str(value), DTYPES)
         if str(value) == "float64" and jax.dtypes.canonicalize_dtype(value) != value:

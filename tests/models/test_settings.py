@@ -62,6 +62,14 @@ def test_a_value_of_another_type_is_refused(kind, name, value, wanted):
         from_config({"_class_name": kind, name: value})
 
 
+def test_an_unknown_keyword_is_refused():
+    config = {"_class_name": "DiTTransformer2DModel"}
+    with pytest.raises(ValueError, match="unknown keyword attention_impl='cudnn'; known: .*did you mean 'attention'"):
+        from_config(config, attention_impl="cudnn")
+    with pytest.raises(ValueError, match="unknown keyword num_layers=2; .*goes into its config"):
+        from_config(config, num_layers=2)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_wrong_shape_and_classes(name):
     given = {"network": {"_class_name": "UNet2DModel"}} if name == "checkpoint" else {}

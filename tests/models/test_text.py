@@ -172,6 +172,8 @@ REFUSED = [
     ("CLIPTextModel", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("CLIPTextModel", dict(eos_token_id=[1, 2]), r"eos_token_id=\(1, 2\): expected int, such as 49407"),
     ("CLIPVisionModel", dict(image_size=[4, 4]), r"image_size=\(4, 4\): expected int, such as 224"),
+    ("CLIPModel", dict(text_config={**TEXT, "hidden_act": "no"}), "CLIPModel.text_config: hidden_act='no'"),
+    ("CLIPModel", dict(vision_config_dict={"depth": 3}), "CLIPModel.vision_config_dict: unknown setting 'depth'"),
     ("BertModel", dict(position_embedding_type="relative_key"), "position_embedding_type"),
     ("BertModel", dict(is_decoder=True), "is_decoder"),
     ("GPT2Model", dict(add_cross_attention=True), "add_cross_attention"),

@@ -381,8 +381,8 @@ def clip(config: Mapping[str, Any], **how) -> Model:
     """
     kind = "CLIPModel"
     c = read(kind, Settings, config)
-    text = _text_settings(kind, _part(kind, TextSettings, c.text_config, c.text_config_dict))
-    vision = _vision_settings(kind, _part(kind, VisionSettings, c.vision_config, c.vision_config_dict))
+    text = _text_settings(*_part(kind, "text_config", TextSettings, c))
+    vision = _vision_settings(*_part(kind, "vision_config", VisionSettings, c))
     make = lambda compute, rngs: Pair(text, vision, c.projection_dim, kind=kind, compute=compute, rngs=rngs)
     return settings.model(kind, config, make, settings.how(kind, **how), RULES)
 
@@ -390,9 +390,15 @@ def clip(config: Mapping[str, Any], **how) -> Model:
 def vision_of(kind: str, config: Mapping[str, Any]) -> tuple[VisionSettings, int]:
     """The settings of the vision tower in the config of a pair, and the width that its embedding is projected to."""
     c = read(kind, Settings, config)
-    return _vision_settings(kind, _part(kind, VisionSettings, c.vision_config, c.vision_config_dict)), c.projection_dim
+    return _vision_settings(*_part(kind, "vision_config", VisionSettings, c)), c.projection_dim
 
 
-def _part(kind, cls, given, replacing):
-    """The config of a tower: what the older key says counts, with the defaults of what it does not say."""
-    return dict(given or {}) if replacing is None else dataclasses.asdict(read(kind, cls, replacing))
+def _part(kind, name, cls, c):
+    """The name of a tower's config, for messages, and the config.
+
+    What the older key says counts, with the defaults of what it does not say.
+    """
+    given, replacing = getattr(c, name), getattr(c, f"{name}_dict")
+    if replacing is None:
+        return f"{kind}.{name}", dict(given or {})
+    return f"{kind}.{name}_dict", dataclasses.asdict(read(f"{kind}.{name}_dict", cls, replacing))
