@@ -87,20 +87,30 @@ def test_layers_run_in_the_order_of_their_numbers():
     [
         {"scaling_factor": 0.3611, "shift_factor": 0.1159},
         {"scaling_factor": 0.5, "latents_mean": [1.0, -2.0, 0.5, 0.0], "latents_std": [1.0, 8.0, 4.0, 2.0]},
-        {"_class_name": "AutoencoderTiny"},
+        {"_class_name": "AutoencoderTiny", "scaling_factor": 2},
+        {"_class_name": "VQModel"},
         {},
     ],
 )
 def test_latents_there_and_back(config):
     z = jax.random.normal(jax.random.key(0), (2, 3, 3, 4))
+    config = {"_class_name": "AutoencoderKL", **config}
     x = to_latents(config, z)
     np.testing.assert_allclose(from_latents(config, x), z, atol=1e-6)
     if "shift_factor" in config:
         np.testing.assert_allclose(x, (z - 0.1159) * 0.3611, atol=1e-6)
     if "latents_mean" in config:
         np.testing.assert_allclose(x[..., 1], (z[..., 1] + 2.0) * 0.5 / 8.0, atol=1e-6)
-    if not config:
+    if len(config) == 1:
         np.testing.assert_allclose(x, z * 0.18215, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [{}, {"_class_name": "UNet2DModel", "sample_size": 8}])
+def test_other_classes_have_no_latents(config):
+    with pytest.raises(ValueError, match="known of AutoencoderKL, AutoencoderTiny, VQModel"):
+        to_latents(config, jnp.ones((1, 1, 1, 4)))
+    with pytest.raises(ValueError, match="known of AutoencoderKL and AutoencoderTiny; take `sliced`"):
+        tiles_of(config)
 
 
 def test_samples_of_the_posterior_have_its_moments():

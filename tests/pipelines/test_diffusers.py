@@ -21,7 +21,7 @@ from diffjax.convert.weights.places.layout import layout
 from diffjax.convert.weights.tensors import Source, write
 from diffjax.data.tokenizers import load_tokenizer
 from diffjax.models import from_config
-from diffjax.models.autoencoders.kl import from_latents, posterior, to_latents
+from diffjax.models.autoencoders import from_latents, posterior, to_latents
 from diffjax.models.transformers import flux
 from diffjax.nn.functional import names_of
 from diffjax.pipelines import prompts

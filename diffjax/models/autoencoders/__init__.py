@@ -1,6 +1,7 @@
 """Autoencoders between images and latents: one file for each family of checkpoints."""
 
-from diffjax.models.autoencoders.kl import autoencoder_kl, from_latents, kl_divergence, posterior, to_latents
+from diffjax.models.autoencoders.kl import autoencoder_kl, kl_divergence, posterior
+from diffjax.models.autoencoders.latents import from_latents, to_latents
 from diffjax.models.autoencoders.tiling import Tiles, sliced, tiled_decode, tiled_encode, tiled_moments, tiles_of
 from diffjax.models.autoencoders.tiny import autoencoder_tiny, from_bytes, to_bytes
 from diffjax.models.autoencoders.vq import Quantized, vq_model

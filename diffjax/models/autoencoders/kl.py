@@ -99,29 +99,11 @@ def kl_divergence(moments: jax.Array) -> jax.Array:
     return 0.5 * (mean**2 + jnp.expm1(logvar) - logvar).sum((1, 2, 3))
 
 
-def to_latents(config: Mapping[str, Any], z: jax.Array) -> jax.Array:
-    """What an autoencoder makes, `z [B, h, w, C]`, at the scale of the network that denoises it.
-
-    `(z - shift_factor) * scaling_factor` by the autoencoder's config, and `(z - latents_mean) * scaling_factor /
-    latents_std` where that has the statistics of each channel.
-    """
-    shift, scale = _affine(config)
-    return (z - shift) * scale
-
-
-def from_latents(config: Mapping[str, Any], x: jax.Array) -> jax.Array:
-    """The inverse of `to_latents`."""
-    shift, scale = _affine(config)
-    return x / scale + shift
-
-
-def _affine(config):
-    defaults = {"AutoencoderTiny": 1.0}
-    scale = config.get("scaling_factor", defaults.get(config.get("_class_name"), Settings.scaling_factor))
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or std is None:
-        return config.get("shift_factor") or 0.0, scale
-    return jnp.asarray(mean), scale / jnp.asarray(std)
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """The settings in a config; raises `ValueError` for what is unknown or makes no network."""
+    c = settings.read(KIND, Settings, config)
+    check(KIND, c)
+    return c
 
 
 def autoencoder_kl(config: Mapping[str, Any], **how) -> Model:
@@ -142,7 +124,6 @@ def autoencoder_kl(config: Mapping[str, Any], **how) -> Model:
     Raises:
       ValueError: for settings that are unknown or not supported.
     """
-    c = settings.read(KIND, Settings, config)
-    check(KIND, c)
+    c = settings_of(config)
     make = lambda compute, rngs: AutoencoderKL(c, compute=compute, rngs=rngs)
     return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)

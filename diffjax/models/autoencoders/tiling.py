@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.core.types import Model
+from diffjax.models.autoencoders import kl, tiny
+from diffjax.models.autoencoders.blocks import least_side
 from diffjax.models.autoencoders.kl import posterior
 
 
@@ -34,13 +36,17 @@ def tiles_of(config: Mapping[str, Any]) -> Tiles:
     """The tiles that the config of an `AutoencoderKL` asks for: of the size of the images that it was trained with.
 
     Those of an `AutoencoderTiny` have 512 pixels a side.
+
+    Raises:
+      ValueError: for the config of another class, or one that makes no autoencoder.
     """
+    _check_kind(config)
     if _is_tiny(config):
-        levels = len(config.get("num_decoder_blocks", (3, 3, 3, 1)))
-        return Tiles(512, 512 // config.get("upsampling_scaling_factor", 2) ** (levels - 1), 0.125)
-    size = config.get("sample_size", 32)
-    size = int(size if isinstance(size, int) else size[0])
-    return Tiles(size, size // 2 ** (len(config.get("block_out_channels", (64,))) - 1))
+        c = tiny.settings_of(config)
+        return Tiles(512, 512 // c.upsampling_scaling_factor ** (len(c.num_decoder_blocks) - 1), 0.125)
+    c = kl.settings_of(config)
+    size = c.sample_size if isinstance(c.sample_size, int) else c.sample_size[0]
+    return Tiles(size, size // least_side(c))
 
 
 def sliced(fn: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
@@ -98,13 +104,17 @@ def tiled_encode(
 
 
 def _is_tiny(config):
-    return config.get("_class_name") == "AutoencoderTiny"
+    return config.get("_class_name") == tiny.KIND
+
+
+def _check_kind(config):
+    kind = config.get("_class_name")
+    if kind not in (kl.KIND, tiny.KIND):
+        raise ValueError(f"tiles of {kind}: known of {kl.KIND} and {tiny.KIND}; take `sliced`")
 
 
 def _tiles(model, tiles):
-    kind = model.config.get("_class_name")
-    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise ValueError(f"tiles of {kind}: known of AutoencoderKL and AutoencoderTiny; take `sliced`")
+    _check_kind(model.config)
     return tiles_of(model.config) if tiles is None else tiles
 
 

@@ -149,24 +149,37 @@ class AutoencoderTiny(nnx.Module):
             return widen(self.decoder(z))
 
 
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """The settings in a config; raises `ValueError` for what is unknown or makes no network."""
+    # Written by PyTorch's class beside its settings; the same as those of the decoder.
+    c = settings.read(KIND, Settings, config, frozenset({"block_out_channels"}))
+    settings.only(KIND, c, upsample_fn=("nearest",))
+    check_name(KIND, "act_fn", c.act_fn, ACTIVATIONS_OF_BLOCKS)
+    check_least(KIND, 1, upsampling_scaling_factor=c.upsampling_scaling_factor)
+    for part in ("encoder", "decoder"):
+        widths, counts = getattr(c, f"{part}_block_out_channels"), getattr(c, f"num_{part}_blocks")
+        if len(widths) != len(counts) or len(set(widths)) != 1:
+            raise ValueError(
+                f"{KIND}: {part}_block_out_channels={widths}: expected one width, {len(counts)} times as by "
+                f"num_{part}_blocks={counts}"
+            )
+    return c
+
+
 def to_bytes(config: Mapping[str, Any], z: jax.Array) -> jax.Array:
     """Latents as bytes, `uint8`, to be kept as an image; values further than `latent_magnitude` from 0 are cut off.
 
     Args:
       config: of an `AutoencoderTiny`.
     """
-    magnitude, shift = _range(config)
-    return jnp.round(jnp.clip(z / (2 * magnitude) + shift, 0, 1) * 255).astype(jnp.uint8)
+    c = settings_of(config)
+    return jnp.round(jnp.clip(z / (2 * c.latent_magnitude) + c.latent_shift, 0, 1) * 255).astype(jnp.uint8)
 
 
 def from_bytes(config: Mapping[str, Any], stored: jax.Array) -> jax.Array:
     """The latents of `to_bytes`, float32, each at most `latent_magnitude / 255` away."""
-    magnitude, shift = _range(config)
-    return (stored.astype(jnp.float32) / 255 - shift) * (2 * magnitude)
-
-
-def _range(config):
-    return (config.get(name, getattr(Settings, name)) for name in ("latent_magnitude", "latent_shift"))
+    c = settings_of(config)
+    return (stored.astype(jnp.float32) / 255 - c.latent_shift) * (2 * c.latent_magnitude)
 
 
 def autoencoder_tiny(config: Mapping[str, Any], **how) -> Model:
@@ -184,17 +197,6 @@ def autoencoder_tiny(config: Mapping[str, Any], **how) -> Model:
     Raises:
       ValueError: for settings that are unknown or not supported.
     """
-    # Written by PyTorch's class beside its settings; the same as those of the decoder.
-    c = settings.read(KIND, Settings, config, frozenset({"block_out_channels"}))
-    settings.only(KIND, c, upsample_fn=("nearest",))
-    check_name(KIND, "act_fn", c.act_fn, ACTIVATIONS_OF_BLOCKS)
-    check_least(KIND, 1, upsampling_scaling_factor=c.upsampling_scaling_factor)
-    for part in ("encoder", "decoder"):
-        widths, counts = getattr(c, f"{part}_block_out_channels"), getattr(c, f"num_{part}_blocks")
-        if len(widths) != len(counts) or len(set(widths)) != 1:
-            raise ValueError(
-                f"{KIND}: {part}_block_out_channels={widths}: expected one width, {len(counts)} times as by "
-                f"num_{part}_blocks={counts}"
-            )
+    c = settings_of(config)
     make = lambda compute, rngs: AutoencoderTiny(c, compute=compute, rngs=rngs)
     return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)

@@ -131,6 +131,24 @@ def _width(c: Settings) -> int:
     return c.latent_channels if c.vq_embed_dim is None else c.vq_embed_dim
 
 
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """The settings in a config; raises `ValueError` for what is unknown or makes no network."""
+    c = settings.read(KIND, Settings, config)
+    settings.only(KIND, c, norm_type=("group", "spatial"))
+    blocks.check(KIND, c)
+    check_least(KIND, 1, num_vq_embeddings=c.num_vq_embeddings)
+    if c.norm_type == "spatial":
+        if any(width % 32 for width in c.block_out_channels):
+            raise ValueError(
+                f"{KIND}: block_out_channels={c.block_out_channels}: norm_type='spatial' has 32 groups; take multiples"
+            )
+        if _width(c) != c.latent_channels:
+            raise ValueError(
+                f"{KIND}: vq_embed_dim={c.vq_embed_dim}: norm_type='spatial' has latent_channels={c.latent_channels}"
+            )
+    return c
+
+
 def vq_model(config: Mapping[str, Any], **how) -> Model:
     """`VQModel` (arXiv:2012.09841; with `norm_type="spatial"` arXiv:2209.09002) by the config of a checkpoint.
 
@@ -150,18 +168,6 @@ def vq_model(config: Mapping[str, Any], **how) -> Model:
     Raises:
       ValueError: for settings that are unknown or not supported.
     """
-    c = settings.read(KIND, Settings, config)
-    settings.only(KIND, c, norm_type=("group", "spatial"))
-    blocks.check(KIND, c)
-    check_least(KIND, 1, num_vq_embeddings=c.num_vq_embeddings)
-    if c.norm_type == "spatial":
-        if any(width % 32 for width in c.block_out_channels):
-            raise ValueError(
-                f"{KIND}: block_out_channels={c.block_out_channels}: norm_type='spatial' has 32 groups; take multiples"
-            )
-        if _width(c) != c.latent_channels:
-            raise ValueError(
-                f"{KIND}: vq_embed_dim={c.vq_embed_dim}: norm_type='spatial' has latent_channels={c.latent_channels}"
-            )
+    c = settings_of(config)
     make = lambda compute, rngs: VQModel(c, compute=compute, rngs=rngs)
     return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)
