@@ -90,13 +90,11 @@ def how(
     return How(Compute(jnp.dtype(dtype), attention, scan, check_remat(kind, remat)), jnp.dtype(param_dtype))
 
 
-def model(
-    kind: str, config: Mapping[str, Any], make: Callable, how: How, rules: tuple, activations: tuple = ()
-) -> Model:
+def model(kind: str, config: Mapping[str, Any], make: Callable, how: How, rules: tuple) -> Model:
     """The `Model` of the module that `make(compute=, rngs=)` builds; its config names the class, as the file does."""
     module = functional(lambda rngs: make(compute=how.compute, rngs=rngs), how.param_dtype)
     config = dict(config) if "architectures" in config else {"_class_name": kind, **config}
-    return Model(module.init, module.apply, config, rules, activations, module.fixed)
+    return Model(module.init, module.apply, config, rules, fixed=module.fixed)
 
 
 def expect(kind: str, name: str, array: jax.Array, *shape: int | None) -> None:

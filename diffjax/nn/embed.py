@@ -11,37 +11,34 @@ from diffjax.nn.linear import Linear
 from diffjax.nn.taps import tap
 
 TIME_EMBEDS = ("sinusoidal", "fourier")
+LONGEST = 10_000.0  # the longest wave over the shortest (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)
 
 
-def sinusoidal(t: jax.Array, dim: int, *, time_scale: float = 1.0, max_period: float = 10_000.0) -> jax.Array:
-    """`[cos(w_i t), sin(w_i t)]`, `w_i = time_scale * max_period ** (-2 i / dim)`, of `t [B]`: `[B, dim] float32`.
+def sinusoidal(t: jax.Array, dim: int, *, time_scale: float = 1.0) -> jax.Array:
+    """`[cos(w_i t), sin(w_i t)]`, `w_i = time_scale * LONGEST ** (-2 i / dim)`, of `t [B]`: `[B, dim] float32`.
 
     Ho et al. 2020, arXiv:2006.11239, with cosines first as in ADM and DiT. `dim` must be even. Times in [0, 1] want
     `time_scale=1000`, the range that the frequencies were chosen for.
     """
     half = dim // 2
-    frequencies = np.exp(-np.log(max_period) * np.arange(half) / half)
+    frequencies = np.exp(-np.log(LONGEST) * np.arange(half) / half)
     return _waves(t, frequencies * time_scale)
 
 
-def timestep_waves(
-    t: jax.Array, dim: int, *, cosines_first: bool = True, shift: float = 0.0, time_scale: float = 1.0,
-    max_period: float = 10_000.0,
-) -> jax.Array:  # fmt: skip
+def timestep_waves(t: jax.Array, dim: int, *, cosines_first: bool = True, shift: float = 0.0) -> jax.Array:
     """`sinusoidal` with the choices that checkpoints have made: `[B, dim] float32` of `t [B]`.
 
     Args:
       cosines_first: or the sines, as in Ho et al. 2020.
-      shift: the frequencies are `max_period ** (-i / (dim / 2 - shift))`; 1 makes `1 / max_period` the lowest.
-      time_scale: factor of the phases.
+      shift: the frequencies are `LONGEST ** (-i / (dim / 2 - shift))`; 1 makes `1 / LONGEST` the lowest.
 
     The exponents are rounded to float32 before the exponential, as PyTorch's are: at t = 1000 that is 3e-5 of the
     result. An odd `dim` ends in a zero.
     """
     half = dim // 2
-    exponents = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
+    exponents = np.float32(-np.log(LONGEST)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    phase = time_scale * (jnp.asarray(t, jnp.float32)[:, None] * frequencies)
+    phase = jnp.asarray(t, jnp.float32)[:, None] * frequencies
     waves = (jnp.cos(phase), jnp.sin(phase)) if cosines_first else (jnp.sin(phase), jnp.cos(phase))
     return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, dim % 2)))
 

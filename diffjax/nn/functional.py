@@ -147,7 +147,7 @@ def check_params(params, shapes) -> None:
         raise ValueError(f"params have wrong shapes: {_some(wrong)}; were they saved with other settings?")
 
 
-def _some(names, most: int = 4) -> str:
-    names = sorted(names)
+def _some(names) -> str:
+    names, most = sorted(names), 4
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "nothing") + rest
