@@ -107,7 +107,7 @@ class Adapter(nnx.Module):
 class T2IAdapter(nnx.Module):
     """The module of `t2i_adapter`.
 
-    Activations: `hidden` of each layer and `out [B, h, w, C]` under `body/0`, `body/1` and so on.
+    Activations: `hidden` of each layer and `out [B, h, w, C]` under `adapter/body/0` and so on.
     """
 
     def __init__(self, c: Settings, *, compute: Compute, rngs):
@@ -118,7 +118,8 @@ class T2IAdapter(nnx.Module):
         settings.expect(KIND, "picture", picture, None, None, None, self.c.in_channels)
         if picture.shape[1] % factor or picture.shape[2] % factor:
             raise ValueError(f"{KIND}: a picture of {picture.shape[1:3]}; its sides must be multiples of {factor}")
-        return tuple(scale * widen(a) for a in self.adapter(unshuffle(picture, factor)))
+        with scope("adapter"):
+            return tuple(scale * widen(a) for a in self.adapter(unshuffle(picture, factor)))
 
 
 def t2i_adapter(config: Mapping[str, Any], **how) -> Model:

@@ -1,6 +1,7 @@
 """Safety checkers: decisions near the thresholds, and the names in older files."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from diffjax.models import from_config
 from diffjax.models.text import blacken, safety
 from diffjax.nn.functional import names_of
 
+VISION = lambda embeds: SimpleNamespace(image_embeds=embeds)
 GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "safety.npz"
 
 
@@ -41,7 +43,12 @@ def test_concepts_near_their_thresholds():
 def test_heads_at_their_thresholds():
     run = {k.partition("/")[2]: v for k, v in np.load(GOLDEN).items() if k.startswith("heads/")}
     for name, thresholds in (("default", (0.5, 0.5)), ("other", (0.7, -1.0))):
-        nsfw, watermark = (jnp.asarray(run["embeds"][:, i]) > threshold for i, threshold in enumerate(thresholds))
+        # The checker itself, on embeddings whose first two numbers are what the heads would say.
+        column = lambda i: lambda embeds: embeds[:, i : i + 1]
+        parts = SimpleNamespace(vision_model=VISION, p_head=column(0), w_head=column(1))
+        given = dict(zip(("nsfw_threshold", "watermark_threshold"), thresholds, strict=True))
+        *scores, nsfw, watermark = safety.HeadChecker.__call__(parts, jnp.asarray(run["embeds"]), **given)
+        np.testing.assert_array_equal(jnp.stack(scores, 1), run["embeds"])
         np.testing.assert_array_equal(nsfw, run[f"{name}/nsfw"])
         np.testing.assert_array_equal(watermark, run[f"{name}/watermark"])
         images = blacken(blacken(jnp.ones((30, 1)), nsfw), watermark)

@@ -142,7 +142,8 @@ class MaskedBert(nnx.Module):
 
     def __call__(self, ids: jax.Array, *, types: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         head = self.cls["predictions"]
-        h = self.bert(ids, types=types, mask=mask).last
+        with scope("bert"):
+            h = self.bert(ids, types=types, mask=mask).last
         h = head["transform"]["LayerNorm"](self.activation(head["transform"]["dense"](h)))
         if "decoder" in head:
             return widen(head["decoder"](h))

@@ -251,7 +251,8 @@ class ProjectedText(nnx.Module):
         self.text_projection = Linear(c.hidden_size, c.projection_dim, bias=False, dtype=compute.dtype, rngs=rngs)
 
     def __call__(self, ids: jax.Array, *, mask: jax.Array | None = None, skip: int = 0) -> TextOutput:
-        out = self.text_model(ids, mask=mask, skip=skip)
+        with scope("text_model"):
+            out = self.text_model(ids, mask=mask, skip=skip)
         return out._replace(text_embeds=widen(self.text_projection(out.pooled)))
 
 
@@ -263,7 +264,8 @@ class ProjectedVision(nnx.Module):
         self.visual_projection = Linear(c.hidden_size, c.projection_dim, bias=False, dtype=compute.dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> VisionOutput:
-        out = self.vision_model(x)
+        with scope("vision_model"):
+            out = self.vision_model(x)
         return out._replace(image_embeds=widen(self.visual_projection(out.pooled)))
 
 
@@ -279,11 +281,13 @@ class Pair(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray(2.6592, jnp.float32))  # log(1 / 0.07), section 2.5 of the paper
 
     def text(self, ids: jax.Array, *, mask: jax.Array | None = None, skip: int = 0) -> TextOutput:
-        out = self.text_model(ids, mask=mask, skip=skip)
+        with scope("text_model"):
+            out = self.text_model(ids, mask=mask, skip=skip)
         return out._replace(text_embeds=widen(self.text_projection(out.pooled)))
 
     def image(self, x: jax.Array) -> VisionOutput:
-        out = self.vision_model(x)
+        with scope("vision_model"):
+            out = self.vision_model(x)
         return out._replace(image_embeds=widen(self.visual_projection(out.pooled)))
 
     def __call__(self, ids: jax.Array, x: jax.Array, *, mask: jax.Array | None = None) -> PairOutput:

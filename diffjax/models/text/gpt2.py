@@ -134,7 +134,8 @@ class LanguageModel(nnx.Module):
         self.compute = compute
 
     def __call__(self, ids: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        h = self.transformer(ids, mask=mask).last
+        with scope("transformer"):
+            h = self.transformer(ids, mask=mask).last
         if self.lm_head is not None:
             return widen(self.lm_head(h))
         return logits(h, self.transformer.wte.embedding[...], self.compute)

@@ -16,7 +16,7 @@ from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.models.text.clip import RULES as CLIP_RULES
 from diffjax.models.text.clip import ProjectedVision, VisionSettings, VisionTower, vision_of
-from diffjax.nn import Compute, Fixed, Linear, widen
+from diffjax.nn import Compute, Fixed, Linear, scope, widen
 
 RULES = ((r"^[pw]_head/kernel$", ("fsdp", None)), (r"^(concept|special_care)_embeds(_weights)?$", ()), *CLIP_RULES)
 CONCEPTS, SPECIAL = 17, 3
@@ -90,7 +90,9 @@ class ConceptChecker(nnx.Module):
 
     def __call__(self, x: jax.Array) -> ConceptOutput:
         fixed = lambda name: widen(jax.lax.stop_gradient(getattr(self, name)[...]))
-        embeds = self.visual_projection(self.vision_model(x).pooled)
+        with scope("vision_model"):
+            pooled = self.vision_model(x).pooled
+        embeds = self.visual_projection(pooled)
         near = {name: cosines(embeds, fixed(name)) for name in ("concept_embeds", "special_care_embeds")}
         thresholds = {name: fixed(f"{name}_weights") for name in near}
         return judge(*(part[name] for name in near for part in (near, thresholds)))
@@ -104,7 +106,8 @@ class HeadChecker(nnx.Module):
         self.p_head, self.w_head = (Linear(c.projection_dim, 1, dtype=compute.dtype, rngs=rngs) for _ in range(2))
 
     def __call__(self, x, *, nsfw_threshold=0.5, watermark_threshold=0.5) -> HeadOutput:
-        embeds = self.vision_model(x).image_embeds
+        with scope("vision_model"):
+            embeds = self.vision_model(x).image_embeds
         nsfw, watermark = (widen(head(embeds))[:, 0] for head in (self.p_head, self.w_head))
         return HeadOutput(nsfw, watermark, nsfw > nsfw_threshold, watermark > watermark_threshold)
 

@@ -175,7 +175,7 @@ class JointBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array, emb: jax.Array) -> tuple[jax.Array, jax.Array]:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1(emb)
-        with scope("context"):
+        with scope("norm1_context"):
             parts = self.norm1_context(emb)
         # Here, as in the last modulation of the network, the scale comes first.
         shift_text, scale_text = parts[::-1] if self.last else parts[:2]
