@@ -18,7 +18,6 @@ from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.models.transformers.flux import (
     STREAM_RULES,
-    TimeTextEmbedding,
     blocks_of,
     check_axes,
     conditions,
@@ -27,7 +26,7 @@ from diffjax.models.transformers.flux import (
     run_single,
 )
 from diffjax.nn import Compute, Conv, Linear, scope, stack, tap
-from diffjax.nn.blocks import Embedding
+from diffjax.nn.blocks import Embedding, TimeTextEmbedding
 from diffjax.nn.linear import zeros
 
 KIND = "FluxControlNetModel"
@@ -83,7 +82,7 @@ class FluxControlNet(nnx.Module):
     def __init__(self, c: Settings, *, compute: Compute, rngs):
         width, given = c.num_attention_heads * c.attention_head_dim, dict(dtype=compute.dtype, rngs=rngs)
         self.time_text_embed = TimeTextEmbedding(
-            width, c.pooled_projection_dim, c.guidance_embeds, compute=compute, rngs=rngs
+            c.pooled_projection_dim, width, guidance=c.guidance_embeds, compute=compute, rngs=rngs
         )
         self.context_embedder = Linear(c.joint_attention_dim, width, **given)
         self.x_embedder = Linear(c.in_channels, width, **given)
@@ -99,12 +98,15 @@ class FluxControlNet(nnx.Module):
         self.c, self.compute = c, compute
 
     def __call__(
-        self, x, t, context, pooled, *, cond, positions, context_positions=None, mode=None, scale=1.0, guidance=None,
-        key=None,
-    ):  # fmt: skip
-        c, compute = self.c, self.compute
-        given = conditions(KIND, c, x, t, context, pooled, positions, context_positions, guidance)
-        emb, places = nnx.silu(self.time_text_embed(*given[:3])), given[3]
+        self, x: jax.Array, t: jax.Array, context: jax.Array, pooled: jax.Array, *, cond: jax.Array,
+        positions: jax.Array, context_positions: jax.Array | None = None, mode: jax.Array | int | None = None,
+        scale: jax.Array | float = 1.0, guidance: jax.Array | None = None, key: jax.Array | None = None,
+    ) -> tuple[jax.Array | None, jax.Array | None]:  # fmt: skip
+        """The residuals of both stacks of blocks; `flux_controlnet` tells what the arguments are."""
+        c = self.c
+        places = dict(positions=positions, context_positions=context_positions)
+        given = conditions(KIND, c, x=x, t=t, context=context, pooled=pooled, guidance=guidance, **places)
+        emb, places = nnx.silu(self.time_text_embed(given.t, pooled, given.guidance)), given.places
         h = tap("tokens", self.x_embedder(x) + self.controlnet_x_embedder(self._hint(cond, x)))
         context = tap("context", self.context_embedder(context))
         if (mode is None) != (c.num_mode is None):
@@ -114,9 +116,9 @@ class FluxControlNet(nnx.Module):
             mode = jnp.broadcast_to(jnp.asarray(mode), (len(x),))
             context = jnp.concatenate([self.controlnet_mode_embedder(mode)[:, None], context], axis=1)
             places = jnp.concatenate([places[:1], places])
-        given = emb, rotations(places, c.axes_dims_rope), compute
-        (h, context), double = run_double(self.transformer_blocks, h, context, *given, keep=True)
-        _, single = run_single(self.single_transformer_blocks, h, context, *given, keep=True)
+        how = dict(emb=emb, waves=rotations(places, c.axes_dims_rope), compute=self.compute, keep=True)
+        (h, context), double = run_double(self.transformer_blocks, h, context, **how)
+        _, single = run_single(self.single_transformer_blocks, h, context, **how)
         with scope("controlnet_blocks"):
             double = _projected(self.controlnet_blocks, double, scale)
         with scope("controlnet_single_blocks"):

@@ -18,7 +18,7 @@ from diffjax.models import settings
 from diffjax.models.checks import check_least
 from diffjax.models.transformers import mmdit
 from diffjax.nn import Compute, Linear, layer_norm, modulate, parts_of, run_stack, scope, stack, tap, times, widen
-from diffjax.nn.blocks import Attention, FeedForward, Modulation, PatchEmbed
+from diffjax.nn.blocks import Attention, FeedForward, Modulation, PatchEmbed, TimeTextEmbedding
 
 KIND = "SD3ControlNetModel"
 RULES = ((r"^controlnet_blocks/.*/kernel$", (None, "fsdp")), *mmdit.RULES)
@@ -75,7 +75,7 @@ class ControlNet(nnx.Module):
     def __init__(self, c: Settings, *, compute: Compute, rngs):
         given = dict(compute=compute, rngs=rngs)
         self.pos_embed = _positioned(c, compute, rngs) if c.use_pos_embed else None
-        self.time_text_embed = mmdit.TimeTextEmbedding(c.pooled_projection_dim, c.width, **given)
+        self.time_text_embed = TimeTextEmbedding(c.pooled_projection_dim, c.width, **given)
         if c.joint_attention_dim is None:
             self.context_embedder = None
             single = lambda rngs: SingleBlock(c.width, c.num_attention_heads, compute=compute, rngs=rngs)

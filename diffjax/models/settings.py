@@ -97,6 +97,11 @@ def model(kind: str, config: Mapping[str, Any], make: Callable, how: How, rules:
     return Model(module.init, module.apply, config, rules, fixed=module.fixed)
 
 
+def channels_out(c: Any) -> int:
+    """The channels of what a network returns: as many as it is given, where its settings tell no `out_channels`."""
+    return c.in_channels if c.out_channels is None else c.out_channels
+
+
 def expect(kind: str, name: str, array: jax.Array, *shape: int | None) -> None:
     """Raises `ValueError` unless the array has this shape; None stands for any length."""
     given = tuple(jnp.shape(array))
@@ -105,11 +110,11 @@ def expect(kind: str, name: str, array: jax.Array, *shape: int | None) -> None:
         raise ValueError(f"{kind}: {name} has shape {given}; expected [{wanted}]")
 
 
-def times_of(kind: str, t: jax.Array, x: jax.Array) -> jax.Array:
-    """`t`, one time or one for each sample of `x`, as `[B]`; raises `ValueError` for another shape."""
+def times_of(kind: str, t: jax.Array, x: jax.Array, name: str = "t") -> jax.Array:
+    """`t`, one time or one for each sample of `x`, as `[B]`; raises `ValueError` for another shape, under its name."""
     t = jnp.asarray(t)
     if t.shape not in ((), (1,), (len(x),)):
-        raise ValueError(f"{kind}: t has shape {t.shape}; expected one time, or one per sample, [{len(x)}]")
+        raise ValueError(f"{kind}: {name} has shape {t.shape}; expected one number, or one per sample, [{len(x)}]")
     return jnp.broadcast_to(t, (len(x),))
 
 

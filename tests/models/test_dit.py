@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.models import dit
+from diffjax.models import dit, from_config
 from diffjax.models.dit import patchify, unpatchify
 
 SETTINGS = dict(shape=(4, 8, 2), num_classes=3, patch=2, width=16, depth=3, heads=2, mlp_ratio=2.0, dropout=0.2)
@@ -60,3 +60,25 @@ def test_tokens_know_where_they_are(case):
     tokens = np.asarray(jax.jit(lambda *given: patchify(model.apply(*given), 2))(params, same, t, y))[0]
     gaps = np.abs(tokens[:, None] - tokens[None]).max(-1) + np.eye(8)
     assert gaps.min() > 1e-3
+
+
+CHECKPOINT = dict(
+    _class_name="DiTTransformer2DModel", num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=4,
+    num_embeds_ada_norm=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "x, y, message",
+    [
+        ((2, 4, 5, 4), (2,), "patch_size=2 does not divide the sides of x, 4, 5"),
+        ((2, 4, 4, 4), None, "this network needs y; the label 3 is no class"),
+        ((2, 4, 4, 4), (1,), r"y has shape \(1,\); expected \[2\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_one_of_a_checkpoint(x, y, message):
+    model = from_config(CHECKPOINT)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    y = y if y is None else jax.ShapeDtypeStruct(y, jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.apply, params, jax.ShapeDtypeStruct(x, jnp.float32), jnp.zeros(2), y)

@@ -66,6 +66,13 @@ def test_no_class_by_number_by_row_and_by_default(net):
         embed(jnp.arange(3))
 
 
+def test_labels_without_a_table_are_refused():
+    model = from_config(TINY | {"label_dim": 0})
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"y is given, but the network has no use for it \(label_dim=0\)"):
+        jax.eval_shape(model.apply, shapes, jnp.zeros((2, 4, 4, 1)), jnp.zeros(2), jnp.zeros(2, jnp.int32))
+
+
 def test_magnitudes_of_sums_and_concatenations():
     a, b = (jax.random.normal(jax.random.key(i), (100, 1000 * (i + 1))) for i in range(2))
     for out in (mp_sum(a, b[:, :1000], 0.3), mp_cat(a, b, 0.3)):

@@ -78,6 +78,9 @@ def test_inputs_that_do_not_fit():
         (dict(pooled=(2, 4)), "pooled has shape"),
         (dict(context=(1, 3, 6)), "context has shape"),
         (dict(residuals=(1, 2, 4, 9)), "residuals has shape"),
+        (dict(residuals=(0, 2, 4, 8)), "residuals are empty; pass None for none"),
+        (dict(single_residuals=(0, 2, 4, 8)), "single_residuals are empty"),
+        (dict(t=(3,)), r"t has shape \(3,\); expected one number, or one per sample, \[2\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             call(**change)

@@ -23,6 +23,7 @@ SHAPES = dict(x=(2, 6), t=(2,), pooled=(2, 6), context=(2, 3, 6))
         ({}, {"context": (2, 3, 5)}, "context has shape"),
         ({}, {"context": (2, 2, 6)}, r"6 tokens .* positions for 3 \+ 4"),
         ({}, {"mask": (2, 4)}, "mask has shape"),
+        ({}, {"mask": (1, 3)}, r"mask has shape \(1, 3\); expected \[2, 3\]"),
         ({"num_embeddings": 4, "additional_embeddings": 3}, {"mask": (2, 3)}, "must be 3 tokens besides .*, not 4"),
     ],
 )

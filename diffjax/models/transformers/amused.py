@@ -171,7 +171,8 @@ class Layer(nnx.Module):
             width, hidden=c.intermediate_size, dropout_rate=c.hidden_dropout, bias=c.use_bias, **given
         )
 
-    def __call__(self, x, context, cond, key):
+    def __call__(self, x: jax.Array, context: jax.Array, cond: jax.Array, key: jax.Array | None) -> jax.Array:
+        """`[B, T, hidden_size]` of `x` of this shape, `context [B, L, hidden_size]` and `cond [B, hidden_size]`."""
         keys = split_key(key, 3)
         with scope("attn1"):
             x = x + self.attn1(self.norm1(x, cond), key=keys[0])
@@ -194,7 +195,8 @@ class ConvNext(nnx.Module):
         self.cond_embeds_mapper = Linear(c.hidden_size, 2 * width, **given)
         self.dropout_rate = c.hidden_dropout
 
-    def __call__(self, x, cond, key):
+    def __call__(self, x: jax.Array, cond: jax.Array, key: jax.Array | None) -> jax.Array:
+        """`[B, H, W, block_out_channels]` of `x` of this shape and `cond [B, hidden_size]`."""
         h = ACTIVATIONS["gelu"](self.channelwise_linear_1(self.norm(self.depthwise(x))))
         h = self.channelwise_linear_2(tap("hidden", self.channelwise_norm(h)))
         scale, shift = jnp.split(self.cond_embeds_mapper(nnx.silu(cond)), 2, axis=-1)
@@ -216,7 +218,8 @@ class TextBlock(nnx.Module):
         self.attn1 = Attention(*sizes, context_width=width, **biases, **given)
         self.attn2 = Attention(*sizes, context_width=width, **biases, **given)
 
-    def __call__(self, x, context, key):
+    def __call__(self, x: jax.Array, context: jax.Array, key: jax.Array | None) -> jax.Array:
+        """`[B, T, block_out_channels]` of `x` of this shape and `context [B, L, hidden_size]`."""
         keys = split_key(key)
         context = context if self.kv_mapper is None else self.kv_mapper(nnx.silu(context))
         with scope("attn1"):
@@ -251,7 +254,9 @@ class Stage(nnx.Module):
         self.upsample = Resample(c, up=True, **given) if up else None
         self.compute = compute
 
-    def __call__(self, x, context, cond, key):
+    def __call__(self, x: jax.Array, context: jax.Array, cond: jax.Array, key: jax.Array | None) -> jax.Array:
+        """`[B, H', W', block_out_channels]` of `x [B, H, W, block_out_channels]`, the text's states `context [B, L,
+        hidden_size]` and the embedded conditions `cond [B, hidden_size]`."""
         if self.downsample is not None:
             with scope("downsample"):
                 x = self.downsample(x)
@@ -297,7 +302,7 @@ class Logits(nnx.Module):
         return self.conv2(self.layer_norm(self.conv1(x)))
 
 
-class UVit(nnx.Module):
+class Amused(nnx.Module):
     """The module of `uvit_2d`."""
 
     def __init__(self, c: Settings, *, compute: Compute, rngs):
@@ -318,7 +323,11 @@ class UVit(nnx.Module):
         self.mlm_layer = Logits(c, **given)
         self.c, self.compute = c, compute
 
-    def __call__(self, x, t=None, context=None, pooled=None, *, micro, key=None):
+    def __call__(
+        self, x: jax.Array, t: jax.Array | None = None, context: jax.Array | None = None,
+        pooled: jax.Array | None = None, *, micro: jax.Array, key: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """`[B, H, W, codebook_size] float32`; `uvit_2d` tells what the arguments are."""
         cond, context = self._conditions(x, context, pooled, micro)
         keys = split_key(key, 3)
         with scope("embed"):
@@ -373,5 +382,5 @@ def uvit_2d(config: Mapping[str, Any], **how) -> Model:
             f"{KIND}: micro_cond_encode_dim={c.micro_cond_encode_dim} does not divide "
             f"micro_cond_embed_dim={c.micro_cond_embed_dim}"
         )
-    make = lambda compute, rngs: UVit(c, compute=compute, rngs=rngs)
+    make = lambda compute, rngs: Amused(c, compute=compute, rngs=rngs)
     return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
+from diffjax.models.checks import check_divides
 from diffjax.models.dit import unpatchify
 from diffjax.nn import (
     Compute,
@@ -112,12 +113,19 @@ class DiTTransformer(nnx.Module):
         self.pos_embed = PatchEmbed(c.in_channels, width, c.patch_size, compute=compute, rngs=rngs)
         self.transformer_blocks = stack(lambda rngs: Block(c, compute=compute, rngs=rngs), 0, c.num_layers, rngs=rngs)
         self.proj_out_1 = Linear(width, 2 * width, dtype=compute.dtype, rngs=rngs)
-        self.proj_out_2 = Linear(width, c.patch_size**2 * _out_channels(c), dtype=compute.dtype, rngs=rngs)
+        self.proj_out_2 = Linear(width, c.patch_size**2 * settings.channels_out(c), dtype=compute.dtype, rngs=rngs)
         self.c, self.width, self.compute = c, width, compute
 
-    def __call__(self, x, t, y, *, key=None):
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: jax.Array, *, key: jax.Array | None = None
+    ) -> jax.Array:  # fmt: skip
+        """`[B, H, W, out_channels] float32`; `dit_transformer` tells what the arguments are."""
         c, compute = self.c, self.compute
         settings.expect(KIND, "x", x, None, None, None, c.in_channels)
+        check_divides(KIND, "patch_size", c.patch_size, "the sides of x,", *x.shape[1:3])
+        if y is None:
+            raise ValueError(f"{KIND}: this network needs y; the label {c.num_embeds_ada_norm} is no class")
+        settings.expect(KIND, "y", y, len(x))
         t = settings.times_of(KIND, t, x)
         height, breadth = (n // c.patch_size for n in x.shape[1:3])
         positions = grid_positions(self.width, height, breadth, base=c.sample_size // c.patch_size)
@@ -133,11 +141,7 @@ class DiTTransformer(nnx.Module):
         first = jax.tree.map(lambda a: a[0], next(iter(self.transformer_blocks.values())).norm1.emb)
         shift, scale = jnp.split(self.proj_out_1(nnx.silu(first(t, y))), 2, axis=-1)
         out = self.proj_out_2(modulate(layer_norm(h, eps=1e-6), shift, scale))
-        return widen(unpatchify(out, c.patch_size, (*x.shape[1:3], _out_channels(c))))
-
-
-def _out_channels(c: Settings) -> int:
-    return c.in_channels if c.out_channels is None else c.out_channels
+        return widen(unpatchify(out, c.patch_size, (*x.shape[1:3], settings.channels_out(c))))
 
 
 def dit_transformer(config: Mapping[str, Any], **how) -> Model:

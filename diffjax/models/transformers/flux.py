@@ -9,8 +9,8 @@ al. 2023, arXiv:2302.05442). Places enter as rotations of queries and keys, some
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,10 @@ from diffjax.nn import (
     stack,
     tap,
     times,
-    timestep_waves,
     widen,
 )  # fmt: skip
-from diffjax.nn.blocks import FeedForward, Modulation, Projection
+from diffjax.nn.blocks import FeedForward, JointAttention, Modulation, TimeTextEmbedding
+from diffjax.nn.blocks.joint import project_heads
 from diffjax.nn.linear import ACTIVATIONS
 
 KIND = "FluxTransformer2DModel"
@@ -73,9 +73,12 @@ class Settings:
 
 
 def pack(latents: jax.Array) -> jax.Array:
-    """Latents `[B, H, W, C]` as tokens `[B, H/2 W/2, 4 C]` of 2 x 2 pixels, row major; H and W even.
+    """Latents `[B, H, W, C]` as tokens `[B, H/2 W/2, 4 C]` of 2 x 2 pixels, row major.
 
     The four pixels of a channel lie side by side in a token.
+
+    Raises:
+      ValueError: for a height or width that is odd.
     """
     b, h, w, c = latents.shape
     if h % 2 or w % 2:
@@ -85,7 +88,11 @@ def pack(latents: jax.Array) -> jax.Array:
 
 
 def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
-    """The inverse of `pack`: latents `[B, height, width, C]` of tokens `[B, height/2 width/2, 4 C]`."""
+    """The inverse of `pack`: latents `[B, height, width, C]` of tokens `[B, height/2 width/2, 4 C]`.
+
+    Raises:
+      ValueError: for another number of tokens, or sides that are odd.
+    """
     b, length, c = tokens.shape
     if length * 4 != height * width or height % 2 or width % 2:
         raise ValueError(f"{length} tokens are not those of latents of {height} x {width} pixels")
@@ -125,58 +132,23 @@ def rotate(x: jax.Array, waves: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
-class TimeTextEmbedding(nnx.Module):
-    """The sum of an embedded time, pooled text and, in distilled networks, scale of guidance: `[B, width]`."""
-
-    def __init__(self, width: int, pooled_width: int, guidance: bool, *, compute: Compute, rngs):
-        given = dict(compute=compute, rngs=rngs)
-        self.timestep_embedder = Projection(256, width, **given)
-        self.guidance_embedder = Projection(256, width, **given) if guidance else None
-        self.text_embedder = Projection(pooled_width, width, **given)
-
-    def __call__(self, t: jax.Array, pooled: jax.Array, guidance: jax.Array | None) -> jax.Array:
-        # Both come as in [0, 1] and are counted in thousandths, rounded where PyTorch rounds them.
-        out = self.timestep_embedder(timestep_waves(1000 * jnp.asarray(t, jnp.float32), 256))
-        if guidance is not None:
-            out = out + self.guidance_embedder(timestep_waves(1000 * jnp.asarray(guidance, jnp.float32), 256))
-        return out + self.text_embedder(pooled)
-
-
 class Attention(nnx.Module):
-    """Attention of tokens `[B, T, C]`, and of a context `[B, L, C]` with projections of its own, to all of them.
+    """Attention of tokens `[B, T, C]` to all of them, without a projection of what was mixed.
 
-    The context comes first. With `joint` both are projected at the end; else what was mixed is returned as it is.
-    Activations: `q`, `k`, `v` and `mixed`, `[B, L + T, heads, C / heads]`.
+    Activations: `q`, `k`, `v` and `mixed`, `[B, T, heads, C / heads]`.
     """
 
-    def __init__(self, width: int, heads: int, head_width: int, *, joint: bool, compute: Compute, rngs):
+    def __init__(self, width: int, heads: int, head_width: int, *, compute: Compute, rngs):
         linear = lambda: Linear(width, width, dtype=compute.dtype, rngs=rngs)
-        norm = lambda: RMSNorm(head_width, eps=1e-6)
         self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
-        self.norm_q, self.norm_k = norm(), norm()
-        if joint:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
-            self.norm_added_q, self.norm_added_k = norm(), norm()
-            self.to_out, self.to_add_out = nnx.Dict({"0": linear()}), linear()
+        self.norm_q, self.norm_k = (RMSNorm(head_width, eps=1e-6) for _ in range(2))
         self.heads, self.implementation = heads, compute.attention
 
-    def __call__(self, x: jax.Array, waves: tuple[jax.Array, jax.Array], context: jax.Array | None = None):
-        split = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)
-        q, k, v = (split(project(x)) for project in (self.to_q, self.to_k, self.to_v))
-        q, k = self.norm_q(q), self.norm_k(k)
-        if context is not None:
-            added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-            q_added, k_added, v_added = (split(project(context)) for project in added)
-            q = jnp.concatenate([self.norm_added_q(q_added), q], axis=1)
-            k = jnp.concatenate([self.norm_added_k(k_added), k], axis=1)
-            v = jnp.concatenate([v_added, v], axis=1)
+    def __call__(self, x: jax.Array, waves: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows = (self.to_q, self.norm_q), (self.to_k, self.norm_k), (self.to_v, None)
+        q, k, v = (project_heads(project, norm, x, self.heads) for project, norm in rows)
         q, k, v = tap("q", rotate(q, waves)), tap("k", rotate(k, waves)), tap("v", v)
-        mixed = tap("mixed", attend(q, k, v, implementation=self.implementation))
-        mixed = mixed.reshape(*mixed.shape[:2], -1)
-        if context is None:
-            return mixed
-        length = context.shape[1]
-        return self.to_out["0"](mixed[:, length:]), self.to_add_out(mixed[:, :length])
+        return tap("mixed", attend(q, k, v, implementation=self.implementation)).reshape(x.shape)
 
 
 class DoubleBlock(nnx.Module):
@@ -185,18 +157,23 @@ class DoubleBlock(nnx.Module):
     def __init__(self, width: int, heads: int, head_width: int, *, compute: Compute, rngs):
         given = dict(compute=compute, rngs=rngs)
         self.norm1, self.norm1_context = Modulation(width, 6, **given), Modulation(width, 6, **given)
-        self.attn = Attention(width, heads, head_width, joint=True, **given)
+        joint = dict(qk_norm="rms_norm", context_first=True)
+        self.attn = JointAttention(width, heads, head_width, **joint, **given)
         self.ff = FeedForward(width, activation="gelu-approximate", **given)
         self.ff_context = FeedForward(width, activation="gelu-approximate", **given)
 
-    def __call__(self, x, context, emb, waves):
+    def __call__(
+        self, x: jax.Array, context: jax.Array, emb: jax.Array, waves: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        """`x [B, T, C]` and `context [B, L, C]`; `emb [B, C]` modulates, `waves` are `rotations`."""
         with scope("norm1"):
             shift, scale, gate, *of_x = self.norm1(emb)
         with scope("norm1_context"):
             shift_context, scale_context, gate_context, *of_context = self.norm1_context(emb)
         with scope("attn"):
             h_context = modulate(layer_norm(context), shift_context, scale_context)
-            h, h_context = self.attn(modulate(layer_norm(x), shift, scale), waves, h_context)
+            turn = lambda a: rotate(a, waves)
+            h, h_context = self.attn(modulate(layer_norm(x), shift, scale), h_context, turn)
         x, context = x + times(h, gate[:, None]), context + times(h_context, gate_context[:, None])
         with scope("ff"):
             x = _perceptron(self.ff, x, *of_x)
@@ -211,11 +188,12 @@ class SingleBlock(nnx.Module):
     def __init__(self, width: int, heads: int, head_width: int, *, compute: Compute, rngs):
         given = dict(compute=compute, rngs=rngs)
         self.norm = Modulation(width, 3, **given)
-        self.attn = Attention(width, heads, head_width, joint=False, **given)
+        self.attn = Attention(width, heads, head_width, **given)
         self.proj_mlp = Linear(width, 4 * width, dtype=compute.dtype, rngs=rngs)
         self.proj_out = Linear(5 * width, width, dtype=compute.dtype, rngs=rngs)
 
-    def __call__(self, x, emb, waves):
+    def __call__(self, x: jax.Array, emb: jax.Array, waves: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """`x [B, L + T, C]`; `emb [B, C]` modulates, `waves` are `rotations`."""
         with scope("norm"):
             shift, scale, gate = self.norm(emb)
         h = modulate(layer_norm(x), shift, scale)
@@ -252,10 +230,19 @@ def blocks_of(c: Any, *, compute: Compute, rngs) -> tuple[nnx.Dict, nnx.Dict]:
     return double, single
 
 
-def run_double(blocks, x, context, emb, waves, compute, *, add=lambda i: 0, keep: bool = False):
-    """`(x, context)` behind the blocks with two streams, and with `keep` the `x` of each, stacked.
+def run_double(
+    blocks: nnx.Dict, x: jax.Array, context: jax.Array, *, emb: jax.Array, waves: tuple[jax.Array, jax.Array],
+    compute: Compute, add: Callable = lambda i: 0, keep: bool = False,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:  # fmt: skip
+    """`(x, context)` behind the blocks with two streams, and with `keep` the `x` of each, `[blocks, B, T, width]`.
 
-    `add(i)` goes on top of the image's stream behind block i.
+    Args:
+      blocks: a `stack` of `DoubleBlock`.
+      x, context: the tokens of the image `[B, T, width]` and of the text `[B, L, width]`.
+      emb: `[B, width]`, what modulates.
+      waves: `rotations` of the places of the text and of the image, in this order.
+      compute: see `diffjax.nn.run_stack`.
+      add: `add(i)` goes on top of the image's stream behind block i.
     """
 
     def body(block, carried, i):
@@ -267,8 +254,11 @@ def run_double(blocks, x, context, emb, waves, compute, *, add=lambda i: 0, keep
     return run_stack(blocks, body, (x, context), compute)
 
 
-def run_single(blocks, x, context, emb, waves, compute, *, add=lambda i: 0, keep: bool = False):
-    """`x` behind the blocks with one stream, and with `keep` that of each, stacked; `add` as in `run_double`."""
+def run_single(
+    blocks: nnx.Dict, x: jax.Array, context: jax.Array, *, emb: jax.Array, waves: tuple[jax.Array, jax.Array],
+    compute: Compute, add: Callable = lambda i: 0, keep: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """`x` behind the blocks with one stream, and with `keep` that of each; the arguments are those of `run_double`."""
     length = context.shape[1]
 
     def body(block, h, i):
@@ -285,6 +275,8 @@ def _added(name, residuals, x, depth, repeat):
     """What `run_double` and `run_single` add, of n residuals `[n, B, T, C]` for `depth` blocks."""
     if residuals is None or depth == 0:
         return lambda i: 0
+    if not len(residuals):
+        raise ValueError(f"{KIND}: {name} are empty; pass None for none")
     residuals = jnp.asarray(residuals, x.dtype)
     settings.expect(KIND, name, residuals, None, *x.shape)
     n = len(residuals)
@@ -298,33 +290,57 @@ class FluxTransformer(nnx.Module):
     def __init__(self, c: Settings, *, compute: Compute, rngs):
         width, given = c.num_attention_heads * c.attention_head_dim, dict(dtype=compute.dtype, rngs=rngs)
         self.time_text_embed = TimeTextEmbedding(
-            width, c.pooled_projection_dim, c.guidance_embeds, compute=compute, rngs=rngs
+            c.pooled_projection_dim, width, guidance=c.guidance_embeds, compute=compute, rngs=rngs
         )
         self.context_embedder = Linear(c.joint_attention_dim, width, **given)
         self.x_embedder = Linear(c.in_channels, width, **given)
         self.transformer_blocks, self.single_transformer_blocks = blocks_of(c, compute=compute, rngs=rngs)
         self.norm_out = Modulation(width, 2, compute=compute, rngs=rngs)
-        self.proj_out = Linear(width, c.patch_size**2 * (c.out_channels or c.in_channels), **given)
+        self.proj_out = Linear(width, c.patch_size**2 * settings.channels_out(c), **given)
         self.c, self.compute = c, compute
 
     def __call__(
-        self, x, t, context, pooled, *, positions, context_positions=None, guidance=None, residuals=None,
-        single_residuals=None, repeat_residuals=False, key=None,
-    ):  # fmt: skip
+        self, x: jax.Array, t: jax.Array, context: jax.Array, pooled: jax.Array, *, positions: jax.Array,
+        context_positions: jax.Array | None = None, guidance: jax.Array | None = None,
+        residuals: jax.Array | Sequence[jax.Array] | None = None,
+        single_residuals: jax.Array | Sequence[jax.Array] | None = None, repeat_residuals: bool = False,
+        key: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """`[B, T, patch_size^2 out_channels] float32`; `flux_transformer` tells what the arguments are."""
         c = self.c
-        given = conditions(KIND, c, x, t, context, pooled, positions, context_positions, guidance)
-        emb, waves = nnx.silu(self.time_text_embed(*given[:3])), rotations(given[3], c.axes_dims_rope)
+        places = dict(positions=positions, context_positions=context_positions)
+        given = conditions(KIND, c, x=x, t=t, context=context, pooled=pooled, guidance=guidance, **places)
+        emb = nnx.silu(self.time_text_embed(given.t, pooled, given.guidance))
+        how = dict(emb=emb, waves=rotations(given.places, c.axes_dims_rope), compute=self.compute)
         x, context = tap("tokens", self.x_embedder(x)), tap("context", self.context_embedder(context))
         add = _added("residuals", residuals, x, c.num_layers, repeat_residuals)
-        (x, context), _ = run_double(self.transformer_blocks, x, context, emb, waves, self.compute, add=add)
+        (x, context), _ = run_double(self.transformer_blocks, x, context, add=add, **how)
         add = _added("single_residuals", single_residuals, x, c.num_single_layers, False)
-        x, _ = run_single(self.single_transformer_blocks, x, context, emb, waves, self.compute, add=add)
+        x, _ = run_single(self.single_transformer_blocks, x, context, add=add, **how)
         scale, shift = self.norm_out(emb)
         return widen(self.proj_out(modulate(layer_norm(x), shift, scale)))
 
 
-def conditions(kind, c, x, t, context, pooled, positions, context_positions, guidance):
-    """Times `[B]`, pooled text, scales of guidance `[B]` or None, and the positions of context and tokens, checked."""
+class Conditions(NamedTuple):
+    """What a FLUX.1 network is told besides texts.
+
+    Attributes:
+      t: `[B] float32`, the times in thousandths.
+      guidance: `[B] float32`, the scales of guidance in thousandths, or None.
+      places: `[L + T, len(axes_dims_rope)] float32`, the positions of the context and the tokens.
+    """
+
+    t: jax.Array
+    guidance: jax.Array | None
+    places: jax.Array
+
+
+def conditions(
+    kind: str, c: Any, *, x: jax.Array, t: jax.Array, context: jax.Array, pooled: jax.Array, positions: jax.Array,
+    context_positions: jax.Array | None, guidance: jax.Array | None,
+) -> Conditions:  # fmt: skip
+    """The conditions of a call, of `flux_transformer` or its ControlNet; raises `ValueError` for other shapes than the
+    settings ask for."""
     settings.expect(kind, "x", x, None, None, c.in_channels)
     batch, length = x.shape[:2]
     settings.expect(kind, "context", context, batch, None, c.joint_attention_dim)
@@ -336,13 +352,10 @@ def conditions(kind, c, x, t, context, pooled, positions, context_positions, gui
     if c.guidance_embeds != (guidance is not None):
         wanted = "needs guidance, the scale for each sample" if c.guidance_embeds else "takes no guidance"
         raise ValueError(f"{kind}: this network {wanted} (guidance_embeds={c.guidance_embeds})")
-    if guidance is not None:
-        guidance = jnp.asarray(guidance)
-        if guidance.shape not in ((), (1,), (batch,)):
-            raise ValueError(f"{kind}: guidance has shape {guidance.shape}; expected one scale, or [{batch}]")
-        guidance = jnp.broadcast_to(guidance, (batch,))
-    both = jnp.concatenate([jnp.asarray(a, jnp.float32) for a in (context_positions, positions)])
-    return settings.times_of(kind, t, x), pooled, guidance, both
+    # Both come as in [0, 1] and are counted in thousandths, rounded where PyTorch rounds them.
+    thousandths = lambda a, name: 1000 * jnp.asarray(settings.times_of(kind, a, x, name), jnp.float32)
+    places = jnp.concatenate([jnp.asarray(a, jnp.float32) for a in (context_positions, positions)])
+    return Conditions(thousandths(t, "t"), None if guidance is None else thousandths(guidance, "guidance"), places)
 
 
 def flux_transformer(config: Mapping[str, Any], **how) -> Model:

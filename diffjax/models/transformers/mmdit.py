@@ -24,7 +24,6 @@ from diffjax.nn import (
     Compute,
     Fixed,
     Linear,
-    attend,
     layer_norm,
     modulate,
     run_stack,
@@ -32,11 +31,18 @@ from diffjax.nn import (
     stack,
     tap,
     times,
-    timestep_waves,
     widen,
 )
-from diffjax.nn.blocks import Attention, FeedForward, Modulation, PatchEmbed, Projection, grid_positions
-from diffjax.nn.blocks.attention import QK_NORMS, split_heads
+from diffjax.nn.blocks import (
+    Attention,
+    FeedForward,
+    JointAttention,
+    Modulation,
+    TimeTextEmbedding,
+    grid_positions,
+    patch_conv,
+)
+from diffjax.nn.blocks.attention import QK_NORMS
 
 KIND = "SD3Transformer2DModel"
 RULES = (
@@ -71,7 +77,7 @@ class Settings:
     qk_norm: str | None = None
 
 
-class PositionedPatches(PatchEmbed):
+class PositionedPatches(nnx.Module):
     """Patches of `x [B, H, W, C]` as tokens `[B, T, width]` with the positions of a grid added.
 
     With a `largest` number of patches per side the positions are those of a square of that side, kept in the
@@ -81,70 +87,22 @@ class PositionedPatches(PatchEmbed):
     def __init__(
         self, channels: int, width: int, patch: int, *, base: int, largest: int | None, compute: Compute, rngs
     ):  # fmt: skip
-        super().__init__(channels, width, patch, compute=compute, rngs=rngs)
-        square = grid_positions(width, largest, largest, base=base, xp=jnp) if largest else None
+        self.proj = patch_conv(channels, width, patch, compute=compute, rngs=rngs)
+        square = grid_positions(width, largest, largest, base=base) if largest else None
         self.pos_embed = None if square is None else Fixed(square.reshape(1, -1, width))
         self.patch, self.width, self.base, self.largest = patch, width, base, largest
 
     def __call__(self, x: jax.Array) -> jax.Array:
         height, breadth = (n // self.patch for n in x.shape[1:3])
-        h = super().__call__(x)
+        h = self.proj(x).reshape(len(x), -1, self.width)
         if self.pos_embed is None:
-            positions = jnp.asarray(grid_positions(self.width, height, breadth, base=self.base))
+            positions = grid_positions(self.width, height, breadth, base=self.base)
         else:
             top, left = ((self.largest - n) // 2 for n in (height, breadth))
             # A constant that checkpoints carry; it is not trained.
             square = jax.lax.stop_gradient(self.pos_embed[...]).reshape(self.largest, self.largest, self.width)
             positions = square[top : top + height, left : left + breadth]
         return h + positions.reshape(-1, self.width).astype(h.dtype)
-
-
-class TimeTextEmbedding(nnx.Module):
-    """The sum of an embedded time and a pooled text, `[B, width]`; 256 waves, cosines first."""
-
-    def __init__(self, pooled_width: int, width: int, *, compute: Compute, rngs):
-        self.timestep_embedder = Projection(256, width, compute=compute, rngs=rngs)
-        self.text_embedder = Projection(pooled_width, width, compute=compute, rngs=rngs)
-
-    def __call__(self, t: jax.Array, pooled: jax.Array) -> jax.Array:
-        return self.timestep_embedder(timestep_waves(t, 256)) + self.text_embedder(pooled)
-
-
-class JointAttention(nnx.Module):
-    """Attention over the tokens of an image `x [B, T, C]` and a text `context [B, L, C]` together, image first.
-
-    Args:
-      last: the text only lends keys and values, and no result of its own comes back.
-
-    Activations: `q`, `k`, `v` and `mixed`, `[B, T + L, N, d]` (with `last`, `q` and `mixed` are `[B, T, N, d]`); `out`
-    and `context_out`.
-    """
-
-    def __init__(self, width: int, heads: int, *, qk_norm: str | None, last: bool, compute: Compute, rngs):
-        linear = lambda: Linear(width, width, dtype=compute.dtype, rngs=rngs)
-        norm = lambda: QK_NORMS[qk_norm](width // heads, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
-        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = norm(), norm(), norm(), norm()
-        self.to_out = nnx.Dict({"0": linear()})
-        self.to_add_out = None if last else linear()
-        self.heads, self.last, self.implementation = heads, last, compute.attention
-
-    def __call__(self, x: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        def heads(project, norm, tokens):
-            out = split_heads(project(tokens), self.heads)
-            return out if norm is None else norm(out)
-
-        q = [heads(self.to_q, self.norm_q, x)]
-        if not self.last:
-            q.append(heads(self.add_q_proj, self.norm_added_q, context))
-        k = [heads(self.to_k, self.norm_k, x), heads(self.add_k_proj, self.norm_added_k, context)]
-        v = [heads(self.to_v, None, x), heads(self.add_v_proj, None, context)]
-        q, k, v = (tap(name, jnp.concatenate(parts, 1)) for name, parts in (("q", q), ("k", k), ("v", v)))
-        mixed = tap("mixed", attend(q, k, v, implementation=self.implementation))
-        mixed = mixed.reshape(*mixed.shape[:2], -1)
-        out = tap("out", self.to_out["0"](mixed[:, : x.shape[1]]))
-        return out, None if self.last else tap("context_out", self.to_add_out(mixed[:, x.shape[1] :]))
 
 
 class JointBlock(nnx.Module):
@@ -166,7 +124,7 @@ class JointBlock(nnx.Module):
         perceptron = lambda: FeedForward(width, activation="gelu-approximate", **given)
         self.norm1 = Modulation(width, 9 if dual else 6, **given)
         self.norm1_context = Modulation(width, 2 if last else 6, **given)
-        self.attn = JointAttention(width, heads, qk_norm=qk_norm, last=last, **given)
+        self.attn = JointAttention(width, heads, width // heads, qk_norm=qk_norm, last=last, **given)
         alone = dict(bias=True, qk_norm=qk_norm, qk_eps=1e-6)
         self.attn2 = Attention(width, heads, width // heads, **alone, **given) if dual else None
         self.ff = perceptron()
@@ -234,10 +192,15 @@ class MMDiT(nnx.Module):
         self.context_embedder = linear(c.joint_attention_dim, width)
         self.transformer_blocks = joint_blocks(c, last=True, **given)
         self.norm_out = Modulation(width, 2, **given)
-        self.proj_out = linear(width, c.patch_size**2 * _out_channels(c))
+        self.proj_out = linear(width, c.patch_size**2 * settings.channels_out(c))
         self.c, self.compute = c, compute
 
-    def __call__(self, x, t, context, pooled, *, residuals=None, skip_layers=None, key=None):
+    def __call__(
+        self, x: jax.Array, t: jax.Array, context: jax.Array, pooled: jax.Array, *,
+        residuals: Sequence[jax.Array] | jax.Array | None = None, skip_layers: Iterable[int] | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """`[B, H, W, out_channels] float32`; `sd3_transformer` tells what the arguments are."""
         c = self.c
         t = check_inputs(KIND, c, x, t, context, pooled)
         h = self.tokens(x)
@@ -259,7 +222,7 @@ class MMDiT(nnx.Module):
         (h, _), _ = run_stack(self.transformer_blocks, body, (h, context), self.compute)
         scale, shift = self.norm_out(emb)
         out = self.proj_out(modulate(layer_norm(h), shift, scale))
-        return widen(unpatchify(out, c.patch_size, (*x.shape[1:3], _out_channels(c))))
+        return widen(unpatchify(out, c.patch_size, (*x.shape[1:3], settings.channels_out(c))))
 
     def tokens(self, x: jax.Array) -> jax.Array:
         """What the first block sees of `x [B, H, W, in_channels]`: `[B, T, width]`."""
@@ -325,10 +288,6 @@ def _skipped(layers: Iterable[int] | None, depth: int) -> jax.Array | None:
     if wrong:
         raise ValueError(f"{KIND}: skip_layers has {wrong[0]}; the layers are 0 to {depth - 1}")
     return jnp.asarray(np.isin(np.arange(depth), layers)) if layers else None
-
-
-def _out_channels(c: Settings) -> int:
-    return c.in_channels if c.out_channels is None else c.out_channels
 
 
 def sd3_transformer(config: Mapping[str, Any], **how) -> Model:

@@ -94,10 +94,6 @@ class Settings:
         given = self.use_additional_conditions
         return self.sample_size == 128 if given is None else given
 
-    @property
-    def channels_out(self) -> int:
-        return self.in_channels if self.out_channels is None else self.out_channels
-
 
 class TimeSizeEmbedding(nnx.Module):
     """An embedded time, `[B, width]`; with `sized`, plus the embedded resolution and aspect ratio side by side.
@@ -173,7 +169,7 @@ class PixArt(nnx.Module):
         self.pos_embed = PatchEmbed(c.in_channels, c.width, c.patch_size, **given)
         self.transformer_blocks = stack(lambda rngs: Block(c, compute=compute, rngs=rngs), 0, c.num_layers, rngs=rngs)
         self.scale_shift_table = _table(2, c.width, rngs)
-        self.proj_out = Linear(c.width, c.patch_size**2 * c.channels_out, dtype=compute.dtype, rngs=rngs)
+        self.proj_out = Linear(c.width, c.patch_size**2 * settings.channels_out(c), dtype=compute.dtype, rngs=rngs)
         self.adaln_single = SharedModulation(c.width, sized=c.sized, **given)
         caption = c.caption_channels
         self.caption_projection = Projection(caption, c.width, activation="gelu_new", **given) if caption else None
@@ -195,7 +191,7 @@ class PixArt(nnx.Module):
         h, _ = run_stack(self.transformer_blocks, body, h, self.compute)
         ends = plus(jnp.stack([emb, emb], 1), self.scale_shift_table[...])
         out = self.proj_out(modulate(layer_norm(h), ends[:, 0], ends[:, 1]))
-        return widen(unpatchify(out, c.patch_size, (*x.shape[1:3], c.channels_out)))
+        return widen(unpatchify(out, c.patch_size, (*x.shape[1:3], settings.channels_out(c))))
 
 
 def _positions(c: Settings, height: int, breadth: int):

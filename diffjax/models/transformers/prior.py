@@ -120,7 +120,7 @@ class Prior(nnx.Module):
         first = seen + pooled.shape[1] + 1  # the first of x
         h = self._placed(h, first)
         h = h if self.norm_in is None else self.norm_in(h)
-        bias = None if mask is None else self._bias(mask, seen, h.shape[1])
+        bias = None if mask is None else self._bias(mask, seen, *h.shape[:2])
 
         def body(block, h, i):
             with scope("transformer_blocks"):
@@ -174,9 +174,9 @@ class Prior(nnx.Module):
             )
         return plus(h, table)
 
-    def _bias(self, mask, seen, length):
+    def _bias(self, mask, seen, batch, length):
         """What is added to the scores, `[B, 1, T, T]`: text that is padding, and what comes later, is not seen."""
-        settings.expect(KIND, "mask", mask, None, seen)
+        settings.expect(KIND, "mask", mask, batch, seen)
         if seen + self.c.additional_embeddings != length:
             raise ValueError(
                 f"{KIND}: with a mask there must be {self.c.additional_embeddings} tokens besides those of the text, "

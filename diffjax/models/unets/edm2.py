@@ -191,9 +191,11 @@ def plan(c: Settings) -> tuple[list[tuple[str, tuple]], list[tuple[str, tuple]],
     sides = [c.img_resolution >> level for level in range(len(widths))]
     enc, dec, now = [], [], c.img_channels + 1
     for level, (width, side) in enumerate(zip(widths, sides, strict=True)):
-        enc.append((f"{side}x{side}_down", (now, now, "down", False)) if level else
-                   (f"{side}x{side}_conv", (now, width, "conv", False)))  # fmt: skip
-        now = enc[-1][1][1]
+        if level == 0:
+            enc.append((f"{side}x{side}_conv", (now, width, "conv", False)))
+            now = width
+        else:
+            enc.append((f"{side}x{side}_down", (now, now, "down", False)))
         for i in range(c.num_blocks):
             enc.append((f"{side}x{side}_block{i}", (now, width, "keep", side in c.attn_resolutions)))
             now = width
@@ -239,7 +241,10 @@ class EDM2UNet(nnx.Module):
         self.order = tuple(name for name, _ in enc), tuple(name for name, _ in dec)
         self.c, self.compute = c, compute
 
-    def __call__(self, x, t, y=None, *, key=None):
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: jax.Array | None = None, *, key: jax.Array | None = None
+    ) -> jax.Array:  # fmt: skip
+        """`[B, H, W, C] float32`; `edm2_unet` tells what the arguments are."""
         c = self.c
         settings.expect(KIND, "x", x, None, None, None, c.img_channels)
         factor = 2 ** (len(c.channel_mult) - 1)
@@ -273,6 +278,8 @@ class EDM2UNet(nnx.Module):
     def _embed(self, t, y):
         """`[B, emb]` in float32, as the official network has it in every mode."""
         emb = self.emb_noise(self.emb_fourier(t))
+        if self.emb_label is None and y is not None:
+            raise ValueError(f"{KIND}: y is given, but the network has no use for it (label_dim=0); leave it out")
         if self.emb_label is not None:
             y = _one_hot(y, len(t), self.c.label_dim)
             emb = mp_sum(emb, self.emb_label(y * math.sqrt(self.c.label_dim)), self.c.label_balance)

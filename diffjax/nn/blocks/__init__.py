@@ -8,9 +8,12 @@ from diffjax.nn.blocks.embed import (
     PatchEmbed,
     Projection,
     TimestepLabelEmbedding,
+    TimeTextEmbedding,
     grid_positions,
+    patch_conv,
 )
 from diffjax.nn.blocks.feedforward import FEEDFORWARDS, FeedForward
+from diffjax.nn.blocks.joint import JointAttention
 from diffjax.nn.blocks.resnet import Downsample, ResnetBlock, Upsample
 
 __all__ = [
@@ -21,12 +24,15 @@ __all__ = [
     "Embedding",
     "FeedForward",
     "Fourier",
+    "JointAttention",
     "Modulation",
     "PatchEmbed",
     "Projection",
     "ResnetBlock",
+    "TimeTextEmbedding",
     "TimestepLabelEmbedding",
     "Upsample",
     "grid_positions",
     "mask_bias",
+    "patch_conv",
 ]

@@ -59,7 +59,6 @@ class Attention(nnx.Module):
       context_width: None for self-attention.
       bias, out_bias: of the three projections, and of the last one.
       qk_norm: one of `QK_NORMS`, of queries and keys, head by head.
-      out_width: of the result; None for C.
       groups: of a group normalisation of x in front; None for none.
       dropout_rate: of the result, in calls with a key.
 
@@ -68,7 +67,7 @@ class Attention(nnx.Module):
 
     def __init__(
         self, width: int, heads: int, head_width: int, *, context_width: int | None = None, bias: bool = False,
-        out_bias: bool = True, qk_norm: str | None = None, qk_eps: float = 1e-5, out_width: int | None = None,
+        out_bias: bool = True, qk_norm: str | None = None, qk_eps: float = 1e-5,
         groups: int | None = None, eps: float = 1e-5, dropout_rate: float = 0.0, compute: Compute, rngs,
     ):  # fmt: skip
         inner, settings = heads * head_width, dict(dtype=compute.dtype, rngs=rngs)
@@ -78,7 +77,7 @@ class Attention(nnx.Module):
         self.to_k = Linear(context_width, inner, bias=bias, **settings)
         self.to_v = Linear(context_width, inner, bias=bias, **settings)
         self.norm_q, self.norm_k = (QK_NORMS[qk_norm](head_width, eps=qk_eps) for _ in range(2))
-        self.to_out = nnx.Dict({"0": Linear(inner, out_width or width, bias=out_bias, **settings)})
+        self.to_out = nnx.Dict({"0": Linear(inner, width, bias=out_bias, **settings)})
         self.heads, self.dropout_rate, self.implementation = heads, dropout_rate, compute.attention
         # `(q, mixed, pictures) -> mixed`: put here by adapters.
         self.processor: nnx.Module | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,13 +88,29 @@ class LabelEmbedding(nnx.Module):
 class TimestepLabelEmbedding(nnx.Module):
     """The sum of an embedded time and label (DiT, arXiv:2212.09748), `[B, width]`; 256 waves, cosines first."""
 
-    def __init__(self, num_classes: int, width: int, *, shift: float = 1.0, compute: Compute, rngs):
+    def __init__(self, num_classes: int, width: int, *, compute: Compute, rngs):
         self.timestep_embedder = Projection(256, width, compute=compute, rngs=rngs)
         self.class_embedder = LabelEmbedding(num_classes, width, compute=compute, rngs=rngs)
-        self.shift = shift
 
     def __call__(self, t: jax.Array, y: jax.Array) -> jax.Array:
-        return self.timestep_embedder(timestep_waves(t, 256, shift=self.shift)) + self.class_embedder(y)
+        return self.timestep_embedder(timestep_waves(t, 256, shift=1.0)) + self.class_embedder(y)
+
+
+class TimeTextEmbedding(nnx.Module):
+    """The sum of an embedded time `t [B]`, a pooled text `[B, pooled_width]` and, with `guidance`, a scale of it `[B]`:
+    `[B, width]`; 256 waves, cosines first."""
+
+    def __init__(self, pooled_width: int, width: int, *, guidance: bool = False, compute: Compute, rngs):
+        given = dict(compute=compute, rngs=rngs)
+        self.timestep_embedder = Projection(256, width, **given)
+        self.guidance_embedder = Projection(256, width, **given) if guidance else None
+        self.text_embedder = Projection(pooled_width, width, **given)
+
+    def __call__(self, t: jax.Array, pooled: jax.Array, guidance: jax.Array | None = None) -> jax.Array:
+        out = self.timestep_embedder(timestep_waves(t, 256))
+        if guidance is not None:
+            out = out + self.guidance_embedder(timestep_waves(guidance, 256))
+        return out + self.text_embedder(pooled)
 
 
 class Modulation(nnx.Module):
@@ -112,11 +127,11 @@ class Modulation(nnx.Module):
         return jnp.split(tap("modulation", self.linear(emb)), self.count, axis=-1)
 
 
-def grid_positions(dim: int, height: int, width: int, *, base: int, interpolation: float = 1.0, xp: Any = np) -> Any:
+def grid_positions(dim: int, height: int, width: int, *, base: int, interpolation: float = 1.0) -> jax.Array:
     """Fixed positions `[height, width, dim] float32` of a grid: half of the channels for the column, half for the row.
 
-    As `diffjax.nn.sincos_2d`, with coordinates scaled so that each side of the grid spans `base / interpolation`. With
-    `xp=jnp` only the waves of one row and one column are constants of a traced program, which repeats them.
+    As `diffjax.nn.sincos_2d`, with coordinates scaled so that each side of the grid spans `base / interpolation`. Only
+    the waves of one row and one column are constants of a traced program, which repeats them.
     """
     frequencies = 1.0 / 10_000.0 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
 
@@ -125,22 +140,21 @@ def grid_positions(dim: int, height: int, width: int, *, base: int, interpolatio
         phases = places[:, None].astype(np.float64) * frequencies
         return np.concatenate([np.sin(phases), np.cos(phases)], 1).astype(np.float32)
 
-    columns = xp.broadcast_to(waves(width)[None], (height, width, dim // 2))
-    rows = xp.broadcast_to(waves(height)[:, None], (height, width, dim // 2))
-    return xp.concatenate([columns, rows], -1)
+    columns = jnp.broadcast_to(waves(width)[None], (height, width, dim // 2))
+    rows = jnp.broadcast_to(waves(height)[:, None], (height, width, dim // 2))
+    return jnp.concatenate([columns, rows], -1)
+
+
+def patch_conv(channels: int, width: int, patch: int, *, zero: bool = False, compute: Compute, rngs) -> Conv:
+    """The map from patches of an image to tokens; `zero` starts it at zero."""
+    return Conv(channels, width, patch, stride=patch, padding=0, zero=zero, dtype=compute.dtype, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):
-    """Patches of `x [B, H, W, C]` as tokens `[B, (H / patch) (W / patch), width]`, row major, without positions.
+    """Patches of `x [B, H, W, C]` as tokens `[B, (H / patch) (W / patch), width]`, row major, without positions."""
 
-    `zero` starts it at zero.
-    """
-
-    def __init__(
-        self, channels: int, width: int, patch: int, *, bias: bool = True, zero: bool = False, compute: Compute, rngs
-    ):  # fmt: skip
-        given = dict(bias=bias, zero=zero, dtype=compute.dtype, rngs=rngs)
-        self.proj = Conv(channels, width, patch, stride=patch, padding=0, **given)
+    def __init__(self, channels: int, width: int, patch: int, *, zero: bool = False, compute: Compute, rngs):
+        self.proj = patch_conv(channels, width, patch, zero=zero, compute=compute, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.proj(x)

@@ -31,19 +31,19 @@ FEEDFORWARDS = {
 
 
 class FeedForward(nnx.Module):
-    """Two linear maps with an activation between them, one of `FEEDFORWARDS`, `[..., C] -> [..., out_width]`.
+    """Two linear maps with an activation between them, one of `FEEDFORWARDS`, `[..., C] -> [..., C]`.
 
     Activations: `hidden [..., hidden]` and `out`.
     """
 
     def __init__(
-        self, width: int, *, activation: str = "geglu", hidden: int | None = None, out_width: int | None = None,
-        dropout_rate: float = 0.0, bias: bool = True, compute: Compute, rngs,
+        self, width: int, *, activation: str = "geglu", hidden: int | None = None, dropout_rate: float = 0.0,
+        bias: bool = True, compute: Compute, rngs,
     ):  # fmt: skip
         hidden, (self.activation, factor) = hidden or 4 * width, FEEDFORWARDS[activation]
         settings = dict(bias=bias, dtype=compute.dtype, rngs=rngs)
         up = nnx.Dict(proj=Linear(width, factor * hidden, **settings))
-        self.net = nnx.Dict({"0": up, "2": Linear(hidden, out_width or width, **settings)})
+        self.net = nnx.Dict({"0": up, "2": Linear(hidden, width, **settings)})
         self.dropout_rate = dropout_rate
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from diffjax.nn.blocks.attention import Attention
+from diffjax.nn.blocks.attention import Attention, Pictured
 from diffjax.nn.blocks.feedforward import FeedForward
 from diffjax.nn.conv import Conv
 from diffjax.nn.keys import fold_key, split_key
@@ -43,7 +43,7 @@ class TransformerBlock(nnx.Module):
         self.only_cross = only_cross
 
     def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, *, bias: jax.Array | None = None,
+        self, x: jax.Array, context: jax.Array | Pictured | None = None, *, bias: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:  # fmt: skip
         """`bias` is added to the scores of the context in the second attention (`diffjax.nn.attend`)."""
@@ -80,7 +80,11 @@ class PixelTransformer(nnx.Module):
         )
         self.compute = compute
 
-    def __call__(self, x, context=None, *, bias=None, key=None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: jax.Array | Pictured | None = None, *, bias: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """`[B, H, W, C]` of `x`, `context [B, L, context_width]` and `bias [B, 1, 1, L]` of its scores."""
         shape = x.shape
         h = self.proj_in(self.norm(x))
         h = h.reshape(shape[0], -1, h.shape[-1])
