@@ -45,6 +45,21 @@ def test_what_says_nothing_changes_nothing(chain):
     assert np.abs(chain(1.0, 0.1) - alone).max() > 1e-3
 
 
+def test_a_fresh_one_learns():
+    model, rng = network("FluxControlNetModel", num_layers=1, num_single_layers=1), np.random.default_rng(0)
+    first = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 4), (2,), (2, 3, 6), (2, 5))]
+    params = jax.jit(model.init)(jax.random.key(0))
+    zeros = {name: params[name] for name in ("controlnet_blocks", "controlnet_single_blocks")}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(zeros))
+
+    def loss(zeros):
+        given = dict(cond=first[0], positions=np.arange(12).reshape(4, 3))
+        return sum(jnp.sum(a * (1 + a)) for a in model.apply(params | zeros, *first, **given))
+
+    for name, leaves in jax.jit(jax.grad(loss))(zeros).items():
+        assert all(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves(leaves)), name
+
+
 def call(model, **change):
     given = dict(x=(2, 4, 4), t=(2,), context=(2, 3, 6), pooled=(2, 5), positions=(4, 3), cond=(2, 4, 4)) | change
     dtype = {"mode": jnp.int32}

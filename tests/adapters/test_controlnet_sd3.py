@@ -50,6 +50,16 @@ def test_a_fresh_one_learns():
     assert np.abs(gradients["controlnet_blocks"]["0:2"]["kernel"]).max() > 0.01
 
 
+def test_the_text_has_no_order():
+    # Joint attention without positions of the text is a sum over its tokens.
+    params = moved(DENOISER)
+    run = jax.jit(lambda context: DENOISER.apply(params, X, T, context, POOLED))
+    out = run(CONTEXT)
+    # Other orders of the same sums.
+    np.testing.assert_allclose(run(CONTEXT[:, jnp.array([2, 0, 1])]), out, atol=1e-5 * np.abs(out).max())
+    assert np.abs(run(CONTEXT.at[:, 0].set(0)) - out).max() > 1e-3
+
+
 def test_one_without_positions_takes_the_tokens_of_the_denoiser():
     net = from_config(dict(LARGE))
     params = jax.jit(net.init)(jax.random.key(6))

@@ -121,6 +121,20 @@ def test_controlnet_of_sdxl_in_one_program():
     assert np.abs(steered(params, learnt, 1.0) - alone).max() > 0.01
 
 
+def test_a_fresh_controlnet_learns():
+    levels = dict(block_out_channels=(8,), down_block_types=("DownBlock2D",), mid_block_type="UNetMidBlock2D")
+    config = levels | dict(layers_per_block=1, norm_num_groups=4, cross_attention_dim=6) | HINT
+    net = controlnet.controlnet(config)
+    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    given = normal(0, 2, 4, 4, 4), jnp.array([3, 700]), normal(1, 2, 3, 6), normal(2, 2, 8, 8, 3)
+    params = jax.jit(net.init)(jax.random.key(0))
+    zeros = {name: params[name] for name in ("controlnet_down_blocks", "controlnet_mid_block")}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(zeros))
+    loss = lambda zeros: sum(jnp.sum(a * (1 + a)) for a in jax.tree.leaves(net.apply(params | zeros, *given)))
+    for name, leaf in names_of(jax.jit(jax.grad(loss))(zeros)).items():
+        assert np.abs(leaf).max() > 0.01, name
+
+
 def test_t2i_adapter_at_scale_zero(unet):
     net = from_config({"_class_name": "T2IAdapter", "channels": (8,), "num_res_blocks": 1})
     params, picture = drawn(net), jax.random.normal(jax.random.key(4), (2, 32, 32, 3))

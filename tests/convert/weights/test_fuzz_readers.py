@@ -24,8 +24,8 @@ from diffjax.convert.weights import (
     original_components,
 )
 from diffjax.convert.weights.adapters.lora_config import METADATA
-from diffjax.convert.weights.originals.load import infer
 from diffjax.convert.weights.folders.survey import components
+from diffjax.convert.weights.originals.load import infer
 from diffjax.convert.weights.tensors import Source, write
 from diffjax.core.types import Model
 from diffjax.data import load_tokenizer
