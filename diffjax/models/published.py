@@ -69,7 +69,7 @@ _T5_XXL = dict(
 _SD15 = _diffusers("UNet2DConditionModel", sample_size=64, cross_attention_dim=768)
 _SD21 = _diffusers(
     "UNet2DConditionModel", sample_size=96, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20],
-    use_linear_projection=True,
+    use_linear_projection=True, upcast_attention=True,
 )  # fmt: skip
 _XL = dict(
     attention_head_dim=[5, 10, 20], block_out_channels=[320, 640, 1280], transformer_layers_per_block=[1, 2, 10],
@@ -144,7 +144,7 @@ _SD3 = _diffusers(
 )
 _SD35 = {**_SD3, "qk_norm": "rms_norm"}
 _PRIOR = _diffusers("PriorTransformer")
-# Sizes of U-ViT (arXiv:2209.12152, Table 1) and of EDM2 (arXiv:2312.02696, Table 3) on latents.
+# Sizes of U-ViT (arXiv:2209.12152, Table 1) and of EDM2 (arXiv:2312.02696, Table 2) on latents.
 _UVIT = _diffusers("UViT", img_size=32, patch_size=2, in_chans=4, num_classes=1001, conv=False)
 _EDM2 = _diffusers("EDM2UNet", img_resolution=64, img_channels=4, label_dim=1000)
 _CONTROLNET = _diffusers("ControlNetModel", cross_attention_dim=768)

@@ -16,20 +16,6 @@ TINY = {
     "_class_name": "EDM2UNet", "img_resolution": 4, "img_channels": 1, "label_dim": 3, "model_channels": 8,
     "channel_mult": [1], "num_blocks": 1, "logvar_channels": 4,
 }  # fmt: skip
-# Table 2 of the paper, in millions, for latents of 64 x 64 x 4 and 1000 classes.
-SIZES = {"XS": (128, 125), "S": (192, 280), "M": (256, 498), "L": (320, 777), "XL": (384, 1119), "XXL": (448, 1523)}
-
-
-@pytest.mark.often("XS", "XXL")
-@pytest.mark.parametrize("name", SIZES)
-def test_published_sizes(name):
-    width, millions = SIZES[name]
-    config = {"_class_name": "EDM2UNet", "img_resolution": 64, "img_channels": 4, "label_dim": 1000}
-    model = from_config(config | {"model_channels": width})
-    shapes = names_of(jax.eval_shape(model.init, jax.random.key(0)))
-    # Fixed frequencies and phases are no weights.
-    count = sum(leaf.size for name, leaf in shapes.items() if "fourier" not in name)
-    assert round(count / 1e6) == millions
 
 
 @pytest.fixture(scope="module")
