@@ -3,10 +3,12 @@
     .venv-oracle/bin/python tests/parity/record.py --out tests/parity/golden/networks     the committed cases
     .venv-oracle/bin/python tests/parity/record.py --out FOLDER --seed 7 --count 5        random ones, 5 of each family
 
-A committed file holds the config, the names and shapes of the checkpoint's tensors, the inputs and the outputs; the
-weights are drawn from their names (`networks.weight`). A random case is a folder: the checkpoint as PyTorch saves it,
+A committed file holds the config, the names and shapes of the checkpoint's tensors, the inputs and the outputs, and for
+those of `compare.GRADIENTS` a summary of each parameter's gradient; the weights are drawn from their names
+(`networks.weight`). A random case is a folder: the checkpoint as PyTorch saves it,
 with its own initial weights and N(0, 0.05) on top of each, `run.npz` with inputs and outputs, in bfloat16 as well, and
-`gradients.safetensors`, of the sum of the outputs times `probe`. Needs torch, diffusers and transformers, not jax.
+`gradients.safetensors`, of the sum of the outputs times `probe`, in float64 where the class can be computed in it, with
+what float32 loses of each tensor in `roundings.json`. Needs torch, diffusers and transformers, not jax.
 """
 
 from __future__ import annotations
@@ -15,8 +17,13 @@ import argparse
 import json
 from pathlib import Path
 
+import compare
 import networks
 import numpy as np
+
+# Classes of PyTorch that mix types, so that they cannot be called in bfloat16 or float64.
+NOT_HALF: frozenset[str] = frozenset()
+NOT_DOUBLE: frozenset[str] = frozenset()
 
 
 def build(case: networks.Case, family=None):
@@ -69,7 +76,25 @@ def record(name: str, case: networks.Case, family, out: Path) -> None:
         outputs = family.theirs(module, tensors_in(inputs))
     facts = {"config": config_of(module), "shapes": {key: list(value.shape) for key, value in state.items()}}
     arrays = {f"in/{k}": v for k, v in inputs.items()} | {f"out/{k}": v.numpy() for k, v in outputs.items()}
+    if name in compare.GRADIENTS:
+        probes = {k: networks.draw(name, f"probe/{k}", ("normal", tuple(v.shape))) for k, v in outputs.items()}
+        gradients = gradients_of(module, family, tensors_in(inputs), tensors_in(probes))
+        facts["gradients"] = sorted(gradients)
+        arrays |= {f"probe/{k}": v for k, v in probes.items()}
+        arrays["gradients"] = np.stack([compare.summary(k, gradients[k].numpy()) for k in facts["gradients"]])
     np.savez_compressed(out / f"{name}.npz", facts=json.dumps(facts, sort_keys=True), **arrays)
+
+
+def gradients_of(module, family, inputs, probes) -> dict:
+    """Those of all parameters, of the sum of the outputs times `probes`."""
+    outputs = family.theirs(module, inputs)
+    sum((value * probes[k]).sum() for k, value in outputs.items()).backward()
+    return {k: p.grad.contiguous() for k, p in module.named_parameters() if p.grad is not None}
+
+
+def cast(tensors: dict, dtype) -> dict:
+    """Times and labels, of one axis, stay as they are."""
+    return {k: v.to(dtype) if v.is_floating_point() and v.ndim > 1 else v for k, v in tensors.items()}
 
 
 def record_live(name: str, case: networks.Case, family, out: Path, seed: int) -> None:
@@ -86,23 +111,26 @@ def record_live(name: str, case: networks.Case, family, out: Path, seed: int) ->
     module.save_pretrained(folder)
     inputs = networks.inputs_of(name, case)
     arrays = {f"in/{k}": v for k, v in inputs.items()}
-    outputs = family.theirs(module, tensors_in(inputs))
-    arrays |= {f"out/{k}": v.detach().numpy() for k, v in outputs.items()}
+    whole = tensors_in(inputs)
+    with torch.no_grad():
+        outputs = family.theirs(module, whole)
+    arrays |= {f"out/{k}": v.numpy() for k, v in outputs.items()}
     if case.gradients:
         probes = {k: torch.randn_like(v) for k, v in outputs.items()}
-        sum((v * probes[k]).sum() for k, v in outputs.items()).backward()
         arrays |= {f"probe/{k}": v.numpy() for k, v in probes.items()}
-        gradients = {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
-        save_file({k: v.contiguous() for k, v in gradients.items()}, folder / "gradients.safetensors")
-    # Times and labels, of one axis, stay as they are.
-    whole = tensors_in(inputs)
-    halved = {k: v.bfloat16() if v.is_floating_point() and v.ndim > 1 else v for k, v in whole.items()}
-    try:
+        gradients, roundings = gradients_of(module, family, whole, probes), {}
+        if case.kind not in NOT_DOUBLE:
+            module.zero_grad()
+            wide = gradients_of(module.double(), family, cast(whole, torch.float64), cast(probes, torch.float64))
+            roundings = {k: float((v.double() - wide[k]).abs().max()) for k, v in gradients.items()}
+            gradients = {k: v.float() for k, v in wide.items()}
+            module.float()
+        save_file(gradients, folder / "gradients.safetensors")
+        (folder / "roundings.json").write_text(json.dumps(roundings))
+    if case.kind not in NOT_HALF:
         with torch.no_grad():
-            outputs = family.theirs(module.bfloat16(), halved)
+            outputs = family.theirs(module.bfloat16(), cast(whole, torch.bfloat16))
         arrays |= {f"half/{k}": v.float().numpy() for k, v in outputs.items()}
-    except RuntimeError as error:  # some of PyTorch's classes mix types
-        print(f"{name}: nothing in bfloat16: {error}")
     np.savez(folder / "run.npz", **arrays)
 
 
