@@ -35,8 +35,11 @@ faults: setup  ## kill, interrupt, fill and corrupt runs, many times
 	$(BIN)/python -m pytest -m faults
 	$(BIN)/python -m pytest tests/faults -m "not faults"
 
-bench: setup  ## timings on this machine, written to benchmarks/results
+bench: setup oracle  ## timings and memory on this machine, written to benchmarks/results (an hour)
 	PYTHONPATH=. $(BIN)/python benchmarks/step_time.py
+	PYTHONPATH=. $(BIN)/python benchmarks/memory.py
+	PYTHONPATH=. $(BIN)/python benchmarks/load_memory.py
+	PYTHONPATH=. $(BIN)/python benchmarks/networks.py --oracle $(ORACLE)/bin/python
 
 $(ORACLE)/.ready:
 	$(PYTHON) -m venv $(ORACLE)

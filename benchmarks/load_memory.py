@@ -1,6 +1,6 @@
 """How much host memory `diffjax.convert.load` and `save` take besides the parameters.
 
-    python benchmarks/load_memory.py --gb=4 --folder=/tmp/load_memory
+    python benchmarks/load_memory.py --gb=4
 
 A DiT of this size, whose float32 tensors are drawn one at a time as they are written, is loaded in a process of its own
 on the CPU, where the parameters themselves lie in host memory; it then saves them again. `VmHWM` of /proc/self/status
@@ -8,7 +8,7 @@ is the most that was ever resident (reset before each part where the kernel allo
 without the pages of files. What counts is the peak without what was there before and without the bytes of the
 parameters; it should stay below the largest parameter, a stack of layers.
 
-The result is written to `benchmarks/results/load_memory.json`; the folder is removed.
+The result is written to `benchmarks/results/load_memory.json`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -33,13 +33,11 @@ HEAD, PIECE = 72, 1 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gb", type=float, default=4.0, help="size of the checkpoint, at least 0.1")
-    parser.add_argument("--folder", default="/tmp/load_memory", help="where to write; emptied")
+    parser.add_argument("--folder", help="where the checkpoint is written for a while")
     arguments = parser.parse_args()
-    try:
-        found = measure(arguments.gb, arguments.folder)
-    finally:
-        shutil.rmtree(arguments.folder, ignore_errors=True)
-    found["command"] = f"python benchmarks/load_memory.py --gb={arguments.gb:g} --folder={arguments.folder}"
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        found = measure(arguments.gb, folder)
+    found["command"] = f"python benchmarks/load_memory.py --gb={arguments.gb:g}"
     found["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, cpu"
     found["versions"] = {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
@@ -55,7 +53,6 @@ def config_of(gb: float) -> dict:
 
 def measure(gb: float, folder: str) -> dict:
     """Writes the checkpoint, and loads and saves it in a process of its own; what that took, in MB and seconds."""
-    shutil.rmtree(folder, ignore_errors=True)
     write(config_of(gb), Path(folder, "source"))
     environ = os.environ | {"JAX_PLATFORMS": "cpu"}
     source = "import sys; from load_memory import child; child(*sys.argv[1:])"

@@ -1,5 +1,6 @@
-"""Every Python block in the docs and the README runs as it stands, each file in a process of its own namespace."""
+"""Every Python block in the docs and the README runs as it stands; tables name all there is, as it was measured."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# These two take 9 s each to compile, and other tests run what they show.
-LONG = ("fit.md", "optim.md")
+# These take 7 to 9 s each to compile, and other tests run what they show.
+LONG = ("fit.md", "guidance.md", "likelihood.md", "optim.md")
 EXAMPLES = [
     pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else ())
     for page in PAGES
@@ -34,3 +35,34 @@ def test_examples_run(page, tmp_path, monkeypatch):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def rows(page):
+    """The cells of every table of a page."""
+    lines = [line.strip("| ") for line in page.read_text().splitlines() if line.startswith("|")]
+    return [re.split(r" *(?<!\\)\| *", line) for line in lines]
+
+
+def test_the_table_of_networks_has_every_class():
+    from diffjax.models import NETWORKS
+
+    named = set()
+    for first, *_ in rows(ROOT / "docs" / "checkpoints.md"):
+        names = re.findall(r"`([\w.]+)`", first)
+        named |= {name.replace("...", names[0]) for name in names}
+    assert not NETWORKS.keys() - named
+
+
+def test_the_table_of_memory_is_what_was_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())["rows"]
+    told = {(row[0], row[1].strip("`")): row[2:5] for row in rows(ROOT / "docs" / "networks.md") if len(row) == 5}
+    for row in found:
+        column = ("none", "dots", "full").index(row["remat"])
+        assert float(told[row["network"], row["attention"]][column]) == round(row["temp_gib"], 2), row
+
+
+def test_published_checkpoints_are_counted_alike():
+    from diffjax.models.published import PUBLISHED
+
+    told = re.findall(r"(\d+) (?:published )?checkpoints|settings\n? +of (\d+)", "".join(p.read_text() for p in PAGES))
+    assert told and {int(a or b) for a, b in told} == {len(PUBLISHED)}

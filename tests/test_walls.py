@@ -56,6 +56,20 @@ def test_walls(folder):
             assert prefixes & allowed, f"{path.relative_to(ROOT)} imports {module}"
 
 
+def test_every_class_of_a_checkpoint_is_in_models_or_adapters():
+    """`NETWORKS` names functions as text, past the walls: what it names is there, in these two folders alone."""
+    (table,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse((PACKAGE / "models" / "__init__.py").read_text()).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "NETWORKS"
+    )
+    for name, place in table.items():
+        module, _, function = place.partition(":")
+        assert module.startswith(("diffjax.models.", "diffjax.adapters.")), name
+        tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
+
+
 def test_files_imports_the_standard_library_alone():
     assert {module.split(".")[0] for module in imports(PACKAGE / "files.py")} <= STANDARD
 

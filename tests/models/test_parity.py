@@ -26,9 +26,9 @@ CASES = [(family, name) for family, module in FAMILIES.items() for name in modul
 # One of each kind of class, and what those of U-Nets differ in most; each costs seconds of compilation. DiT and Flux
 # are compared with their gradients.
 OFTEN = (
-    "bert", "bert-masked", "clip-*", "controlnet-flux-union", "controlnet_sd", "edm2", "flux-dev", "gpt2", "gpt2-lm", "movq", "pixart_alpha",
-    "prior-kandinsky", "safety*", "sd3", "sd3_controlnet", "t2i_adapter", "t5", "taesd-deep", "umt5", "unet_2d_adm",
-    "unet_2d_ncsnpp", "unet_cond_if", "unet_cond_sdxl", "unet_chain_sd", "uvit-*", "vae", "vq",
+    "bert", "bert-masked", "clip-*", "controlnet-flux-union", "controlnet_sd", "edm2", "flux-dev", "gpt2", "gpt2-lm",
+    "movq", "pixart_alpha", "prior-kandinsky", "safety*", "sd3", "sd3_controlnet", "t2i_adapter", "t5", "taesd-deep",
+    "umt5", "unet_2d_adm", "unet_2d_ncsnpp", "unet_cond_if", "unet_cond_sdxl", "unet_chain_sd", "uvit-*", "vae", "vq",
 )  # fmt: skip
 RUNS = sorted(Path(LIVE, "networks").iterdir()) if LIVE else []
 
