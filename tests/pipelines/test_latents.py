@@ -31,7 +31,7 @@ def decode(latents):
     return blocks.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, c // 4)
 
 def slow(images):
-    time.sleep(0.05)
+    time.sleep(float(os.environ.get("PAUSE", 0)))
     return encode(images)
 
 def times(factor):
@@ -88,7 +88,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(user, kills):
     command += [f"--out={cut}", "--shards=6", "--batch_size=32"]
     for wanted in kills:  # Finished shards at which the process is killed, in the middle of the next one.
         process = subprocess.Popen(
-            command, cwd=user, stderr=subprocess.DEVNULL, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+            command, cwd=user, stderr=subprocess.DEVNULL, env={**os.environ, "JAX_PLATFORMS": "cpu", "PAUSE": "0.05"}
         )
         deadline = time.monotonic() + 100
         while len(list(cut.glob("*-of-*.json"))) < wanted and time.monotonic() < deadline:

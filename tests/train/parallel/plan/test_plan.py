@@ -31,6 +31,7 @@ def total(found, kind, group=None):
     return sum(row.bytes for row in found.collectives if row.kind == kind and group in (None, row.group))
 
 
+@pytest.mark.slow  # the other plan has such a sum as well
 def test_data_parallel_sums_the_gradient_once():
     found = plan(given(model=dict(name="mlp", width=WIDTH, depth=1)), "data=8")
     weights = 4 * found.parameters
