@@ -17,7 +17,7 @@ from diffjax.convert import load, save
 from diffjax.convert.weights.folders.find import find
 from diffjax.convert.weights.places.layout import layout
 from diffjax.convert.weights.tensors import read_header
-from diffjax.models import from_config
+from diffjax.models import from_config, kind_of
 from diffjax.nn.functional import names_of
 
 LIVE = os.environ.get("DIFFJAX_PARITY")
@@ -99,6 +99,10 @@ def committed(folder):
     return FAMILIES[folder.name.rpartition("-")[0]]
 
 
+def class_of(folder):
+    return kind_of(json.loads((folder / "config.json").read_text()))
+
+
 @pytest.mark.skipif(not LIVE, reason="`make parity` records random configurations and sets DIFFJAX_PARITY")
 def test_live_runs_are_of_every_family():
     assert {folder.name.rpartition("-")[0] for folder in RUNS} == FAMILIES.keys()
@@ -126,8 +130,7 @@ def test_live_run_is_that_of_pytorch(folder):
 def compare_gradients(gradients, folder):
     theirs = {name: tensor.part() for name, tensor in read_header(folder / "gradients.safetensors")[0].items()}
     roundings = json.loads((folder / "roundings.json").read_text())
-    kind = json.loads((folder / "config.json").read_text())["_class_name"]
-    assert roundings or kind in NOT_DOUBLE
+    assert roundings or class_of(folder) in NOT_DOUBLE
     for key, mine in by_key(gradients):
         close_gradient(mine, theirs.pop(key, np.zeros_like(mine)), key, roundings.get(key, 0.0))
     assert not theirs
@@ -148,7 +151,7 @@ def check_half(family, folder, given, run):
     wider here."""
     halves = parts(run, "half")
     if not halves:
-        assert json.loads((folder / "config.json").read_text())["_class_name"] in NOT_HALF
+        assert class_of(folder) in NOT_HALF
         return
     model, params = load(folder, dtype="bfloat16")
     found = jax.jit(lambda params, given: family.ours(model, params, given))(params, given)

@@ -23,7 +23,7 @@ import numpy as np
 
 # Classes of PyTorch that mix types, so that they cannot be called in bfloat16 or float64.
 NOT_HALF: frozenset[str] = frozenset()
-NOT_DOUBLE: frozenset[str] = frozenset()
+NOT_DOUBLE = frozenset({"EDM2UNet"})
 
 
 def build(case: networks.Case, family=None):
