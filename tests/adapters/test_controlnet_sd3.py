@@ -52,7 +52,7 @@ def test_a_fresh_one_learns():
 
 def test_the_text_has_no_order():
     # Joint attention without positions of the text is a sum over its tokens.
-    params = moved(DENOISER)
+    params = drawn(DENOISER)
     run = jax.jit(lambda context: DENOISER.apply(params, X, T, context, POOLED))
     out = run(CONTEXT)
     # Other orders of the same sums.

@@ -341,8 +341,9 @@ def test_factors_are_of_floating_point(dtype, model):
 
 
 def test_metadata_is_read_strictly(model, tmp_path):
-    for text, message in (('{"r": 1, "r": 2}', "the name 'r' twice"), ("[" * 99 + "]" * 99, "nested"), ("[]", "no JSON object")):
+    twice, deep = '{"r": 1, "r": 2}', "[" * 99 + "]" * 99
+    for text, message in ((twice, "the name 'r' twice"), (deep, "nested"), ("[]", "no JSON object")):
         path = tmp_path / "a.safetensors"
-        write(path, {k: Source(v.dtype, v.shape, lambda v=v: v) for k, v in PEFT.items()}, {METADATA: text})
+        write(path, {k: Source.of(v) for k, v in PEFT.items()}, {METADATA: text})
         with pytest.raises(WeightsError, match=message):
             load_lora(path, model)
