@@ -29,7 +29,7 @@ from diffjax.models import from_config
 MB = 1 << 20
 # How many times as many inputs are drawn.
 SCALES = pytest.mark.parametrize("scale", [1, pytest.param(8, marks=pytest.mark.slow)])
-SEEN = collections.defaultdict(collections.Counter)  # by scale and line of a test: inputs that were "read" and "refused"
+SEEN = collections.defaultdict(collections.Counter)  # by scale and line: inputs that were "read", "refused"
 # Why a file may be refused that the safetensors package reads.
 STRICTER = re.compile(
     r"the name .* twice|digits|\(-0\)|nested too deeply|surrogates not allowed"  # JSON of two readings
