@@ -61,14 +61,14 @@ golden: oracle  ## the files of PyTorch's runs that the tests read
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/pipelines.py --out tests/parity/golden/pipelines
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/published.py --out tests/parity/golden/published.json
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/safety.py --out tests/parity/golden/safety.npz
-	$(ORACLE)/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/originals.py --out tests/parity/golden/originals
 
 parity: setup oracle  ## compare COUNT random configurations of each scheduler and EACH of each family of networks, drawn from SEED, with PyTorch
 	rm -rf $(PARITY)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/schedulers.py --out $(PARITY)/schedulers --seed $(SEED) --count $(COUNT)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/record.py --out $(PARITY)/networks --seed $(SEED) --count $(EACH)
-	$(ORACLE)/bin/python tests/parity/official_dit.py --out $(PARITY)/official_dit --seed $(SEED) --count $(EACH)
+	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/official_dit.py --out $(PARITY)/official_dit --seed $(SEED) --count $(EACH)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/lora.py --out $(PARITY)/adapters --seed $(SEED) --count $(EACH)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/ip_adapter.py --out $(PARITY)/ip_adapter --seed $(SEED) --count $(EACH)
 	HF_HUB_OFFLINE=1 $(ORACLE)/bin/python tests/parity/pipelines.py --out $(PARITY)/pipelines --seed $(SEED) --count $(EACH)

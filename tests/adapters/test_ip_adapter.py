@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
+from compare import close_gradient
 from networks import unet_cond
 from networks.unet_chain import drawn
 
@@ -91,9 +92,7 @@ def compare(run, gradients, tmp_path):
         truth = {k.split("/", 2)[2]: v for k, v in run.run.items() if k.startswith(f"gradient/{i}/")}
         assert len(truth) > 3
         for key, value in truth.items():
-            np.testing.assert_allclose(
-                ours[key], value, rtol=1e-4, atol=2e-5 + 1e-4 * np.abs(value).max(), err_msg=key
-            )
+            close_gradient(ours[key], value, key)
 
 
 def test_adapters_are_those_of_diffusers(case):

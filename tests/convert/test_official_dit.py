@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
+from compare import TOLERANCE, close_gradient
 
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.official_dit import load_official_dit, positions, save_official_dit
@@ -20,7 +21,6 @@ from diffjax.registry import build
 GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "official_dit.npz"
 LIVE = os.environ.get("DIFFJAX_PARITY")
 RUNS = sorted(Path(LIVE, "official_dit").glob("*.npz")) if LIVE else []
-TOLERANCE = dict(atol=2e-5, rtol=1e-4)
 
 
 def save(path, arrays):
@@ -60,13 +60,13 @@ def check(path, run, tmp_path):
 
     gradients, out = jax.jit(jax.grad(total, has_aux=True))(params)
     assert np.std(run["out"]) > 1e-3
-    np.testing.assert_allclose(out, run["out"], **TOLERANCE)
+    assert "diffusers" in run or facts.get("mlp_ratio", 4.0) != 4.0
+    for truth in run.keys() & {"out", "diffusers"}:
+        np.testing.assert_allclose(out, run[truth], **TOLERANCE)
     save_official_dit(model, gradients, tmp_path / "gradients.safetensors")
     for name, value in read_header(tmp_path / "gradients.safetensors")[0].items():
         if name != "pos_embed":
-            truth = run[f"gradient/{name}"]
-            limit = 2e-5 + 1e-4 * np.abs(truth).max()
-            np.testing.assert_allclose(value.part(), truth, rtol=1e-4, atol=limit, err_msg=name)
+            close_gradient(value.part(), run[f"gradient/{name}"], name, run[f"rounding/{name}"])
     save_official_dit(model, params, tmp_path / "again.safetensors")
     ours, theirs = (read_header(where)[0] for where in (tmp_path / "again.safetensors", path))
     assert ours.keys() == theirs.keys()

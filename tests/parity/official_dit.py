@@ -3,8 +3,8 @@
     .venv-oracle/bin/python tests/parity/official_dit.py --out tests/parity/golden/official_dit.npz
     .venv-oracle/bin/python tests/parity/official_dit.py --out FOLDER --seed 7 --count 5        random ones
 
-The weights are drawn from their names (`networks.weight`), those of random runs are saved beside them. Needs torch, not
-jax.
+The weights are drawn from their names (`networks.weight`), those of random runs are saved beside them. The output
+of diffusers' class with the same weights is recorded beside it. Needs torch and diffusers, not jax.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Time(nn.Module):
     def forward(self, t):
         frequencies = torch.exp(-np.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
         phase = t[:, None].float() * frequencies
-        return self.mlp(torch.cat([phase.cos(), phase.sin()], -1))
+        return self.mlp(torch.cat([phase.cos(), phase.sin()], -1).to(self.mlp[0].weight.dtype))
 
 
 class Labels(nn.Module):
@@ -144,8 +144,46 @@ def run(name, settings, seed=None):
     probe = torch.from_numpy(networks.draw(name, "probe", ("normal", tuple(out.shape))))
     (out * probe).sum().backward()
     arrays = {f"in/{key}": value for key, value in given.items()} | {"out": out.detach().numpy(), "probe": probe}
+    if settings.get("mlp_ratio", 4.0) == 4.0:  # diffusers has no other
+        other = networks.nhwc(diffusers_of(module, settings)(networks.nchw(x), t, y.long()).sample.detach())
+        # The same operations, but for the products of queries, keys and values, which are one here.
+        assert (other - out).abs().max() < 1e-5
+        arrays["diffusers"] = other.numpy()
     gradients = {f"gradient/{key}": p.grad.numpy() for key, p in module.named_parameters() if p.requires_grad}
-    return module, arrays | gradients | {"facts": json.dumps(settings)}
+    module.zero_grad()
+    (networks.nhwc(module.double()(networks.nchw(x.double()), t, y.long())) * probe).sum().backward()
+    wide = {f"gradient/{key}": p.grad.numpy() for key, p in module.named_parameters() if p.requires_grad}
+    lost = {f"rounding/{key.partition('/')[2]}": np.abs(wide[key] - v).max() for key, v in gradients.items()}
+    return module.float(), arrays | {k: np.float32(v) for k, v in wide.items()} | lost | {"facts": json.dumps(settings)}
+
+
+def diffusers_of(module, settings):
+    """The same network as diffusers has it, whose frequencies of the time end elsewhere if one lets them."""
+    import diffusers
+
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=settings["num_heads"], attention_head_dim=settings["hidden_size"] // settings["num_heads"],
+        in_channels=settings["in_channels"], out_channels=module.out, num_layers=settings["depth"], norm_eps=1e-6,
+        sample_size=settings["input_size"], patch_size=settings["patch_size"], norm_num_groups=1,
+        num_embeds_ada_norm=settings["num_classes"],
+    ).eval()  # fmt: skip
+    state, ours = theirs.state_dict(), module.state_dict()
+    ends = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1"}
+    ends["proj_out_2"] = "final_layer.linear"
+    for i, block in enumerate(theirs.transformer_blocks):
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        a, b = f"transformer_blocks.{i}", f"blocks.{i}"
+        ends |= {f"{a}.norm1.linear": f"{b}.adaLN_modulation.1", f"{a}.attn1.to_out.0": f"{b}.attn.proj"}
+        ends |= {f"{a}.ff.net.0.proj": f"{b}.mlp.fc1", f"{a}.ff.net.2": f"{b}.mlp.fc2"}
+        emb = f"{a}.norm1.emb"
+        ends |= {f"{emb}.timestep_embedder.linear_{j}": f"t_embedder.mlp.{2 * j - 2}" for j in (1, 2)}
+        state[f"{emb}.class_embedder.embedding_table.weight"] = ours["y_embedder.embedding_table.weight"]
+        for kind in ("weight", "bias"):
+            parts = ours[f"{b}.attn.qkv.{kind}"].chunk(3)
+            state |= {f"{a}.attn1.to_{c}.{kind}": part for c, part in zip("qkv", parts, strict=True)}
+    state |= {f"{a}.{kind}": ours[f"{b}.{kind}"] for a, b in ends.items() for kind in ("weight", "bias")}
+    theirs.load_state_dict(state)
+    return theirs
 
 
 def random_settings(rng):
