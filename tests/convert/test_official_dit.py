@@ -78,6 +78,11 @@ def test_output_gradients_and_bytes_are_those_of_pytorch(run, file, tmp_path):
     check(file, run, tmp_path)
 
 
+@pytest.mark.skipif(not LIVE, reason="`make parity` records random networks and sets DIFFJAX_PARITY")
+def test_live_runs_are_there():
+    assert RUNS
+
+
 @pytest.mark.skipif(not LIVE, reason="tests/parity/official_dit.py records random networks, DIFFJAX_PARITY names them")
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_live_run_is_that_of_pytorch(path, tmp_path):

@@ -7,11 +7,11 @@ Each is put together from parts, as a user would: `convert.load` for each networ
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import pytest
 
@@ -31,9 +31,6 @@ from diffjax.pipelines.prompts import TextEncoder
 # add up parts of it, and the decoder halves its output of [-1, 1]: 1e-5 in all. The largest of 50 random runs had 5e-6.
 TOLERANCE = 2e-5
 PARITY = Path(__file__).parent.parent / "parity"
-sys.path.insert(0, str(PARITY))
-import networks  # noqa: E402
-
 LIVE = os.environ.get("DIFFJAX_PARITY")
 FOLDERS = sorted(Path(LIVE, "pipelines").glob("*")) if LIVE else []
 
@@ -187,7 +184,12 @@ def check(folder):
     assert images.shape == run.images.shape and error < TOLERANCE
 
 
-@pytest.mark.skipif(not FOLDERS, reason="DIFFJAX_PARITY: a folder with runs of diffusers")
+@pytest.mark.skipif(not LIVE, reason="`make parity` records random pipelines and sets DIFFJAX_PARITY")
+def test_live_runs_are_of_every_pipeline():
+    assert {folder.name.rpartition("-")[0] for folder in FOLDERS} == CASES.keys()
+
+
+@pytest.mark.skipif(not LIVE, reason="`make parity` records random pipelines and sets DIFFJAX_PARITY")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_live_pipelines(folder):
     check(folder)

@@ -7,9 +7,9 @@ import gzip
 import hashlib
 import json
 import math
-import sys
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
 
@@ -21,9 +21,6 @@ from diffjax.convert.weights.tensors import Source, Tensor, write
 from diffjax.nn.functional import names_of
 
 PARITY = Path(__file__).parents[3] / "parity"
-sys.path.insert(0, str(PARITY))
-import networks  # noqa: E402
-
 GOLDEN = PARITY / "golden" / "originals"
 NAMES, CONVERTED = (
     json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes())) for name in ("names", "converted")
