@@ -312,8 +312,9 @@ def convert(arguments, overrides) -> int:
         raise UsageError("convert: two folders are needed, as in diffjax convert sd/unet sd16/unet --dtype=float16")
     from diffjax.folders.convert import convert as run
 
-    options = _given(arguments, "dtype", "variant", "shard_gb", "keys", "component", "family", "ema", "step")
-    run(arguments.SOURCE, arguments.TARGET, overwrite=arguments.overwrite, **options)
+    names = ("dtype", "variant", "shard_gb", "keys", "component", "family", "network", "ema", "step")
+    run(arguments.SOURCE, arguments.TARGET, overwrite=arguments.overwrite, **_given(arguments, *names))
+    sys.stdout.write(f"{arguments.SOURCE} -> {arguments.TARGET}\n")
     return 0
 
 

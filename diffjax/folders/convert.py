@@ -1,23 +1,29 @@
-"""`diffjax convert`: folders of weights, files of others and runs, written as a folder again."""
+"""`diffjax convert`: folders of weights, pipelines, files of others and runs, written again."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 
-from diffjax.convert.weights import WeightsError, rewrite, save
+from diffjax.convert.weights import WeightsError, rewrite, save, save_original
 from diffjax.convert.weights.folders.save import SHARD_BYTES, write_folder
+from diffjax.convert.weights.folders.survey import PIPELINE, components, holds_weights
 from diffjax.convert.weights.originals import original_components
 from diffjax.convert.weights.rewrite import check_keys, check_target, watched
 from diffjax.convert.weights.tensors import Source
 from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
+from diffjax.convert.weights.tensors.strict import read_json
 from diffjax.folders.progress import progress_bar
 from diffjax.models import NETWORKS, from_config
 from diffjax.train.checkpoint.params import CHECKPOINTS
 from diffjax.train.survival.workdir import CONFIG_FILE
+
+TEXTS = (".json", ".md", ".txt")  # of a pipeline's own folder, which may hold it in one file as well
 
 
 def is_run(folder: str | os.PathLike) -> bool:
@@ -27,14 +33,16 @@ def is_run(folder: str | os.PathLike) -> bool:
 
 def convert(
     source: str, target: str, *, dtype: str | None = None, variant: str | None = None, shard_gb: float | None = None,
-    keys: str | None = None, component: str | None = None, family: str | None = None, ema: str | None = None,
-    step: int | str | None = None, overwrite: bool = False,
+    keys: str | None = None, component: str | None = None, family: str | None = None, network: str | None = None,
+    ema: str | None = None, step: int | str | None = None, overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Writes the network of a checkpoint folder, an original checkpoint or a training run into another folder.
 
     Args:
-      source: as for `diffjax.convert.weights.rewrite`, or the workdir of a run.
+      source: as for `diffjax.convert.weights.rewrite`, or the workdir of a run, or a pipeline: its networks are written
+        one by one, and the other files are copied.
       target, dtype, variant, keys, component, family, overwrite: as for `diffjax.convert.weights.rewrite`.
+      network: the file of the config that `rewrite` takes.
       shard_gb: most GB of tensors in one file.
       ema, step: of a run, which average and which checkpoint; see `diffjax.train.state.load_run`.
 
@@ -51,8 +59,8 @@ def convert(
         raise ValueError(f"{target} is a run, whose config would be replaced; name another folder")
     with progress_bar("converting") as progress:
         if is_run(source):
-            if component or family or variant:
-                other = "--component and --family" if component or family else "--variant"
+            if component or family or variant or network:
+                other = "--variant" if variant else "--component, --family and --network"
                 raise ValueError(f"{other}: {source} is a run, which has no such parts")
             _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress)
             return
@@ -62,16 +70,40 @@ def convert(
             if len(parts) > 1:
                 raise ValueError(f"{source} has several networks: name one, --component={'|'.join(parts)}")
             component = next(iter(parts))
-        given = dict(dtype=dtype, variant=variant, shard_bytes=shard_bytes, keys=keys)
-        given |= dict(component=component, family=family)
-        rewrite(source, target, **given, overwrite=overwrite, progress=progress)
+        given = dict(dtype=dtype, variant=variant, shard_bytes=shard_bytes, keys=keys, component=component)
+        given |= dict(family=family, network=None if network is None else read_json(Path(network)))
+        given |= dict(overwrite=overwrite, progress=progress)
+        pipeline = Path(source, PIPELINE).is_file()
+        _convert_pipeline(Path(source), Path(target), given) if pipeline else rewrite(source, target, **given)
+
+
+def _convert_pipeline(source: Path, target: Path, given) -> None:
+    """Networks by `rewrite`; schedulers, tokenizers and texts are copied, and last the list of all."""
+    if given["keys"] not in (None, "diffusers") or given["component"]:
+        raise ValueError(f"{source} is a pipeline: --keys and --component need one network, such as {source / 'unet'}")
+    check_target(target, given["overwrite"])
+    if target.is_dir() and os.path.samefile(source, target):
+        raise ValueError(f"{target}: the pipeline itself; name another folder")
+    for name in components(source):
+        if (source / name / "config.json").is_file() and holds_weights(source / name):
+            rewrite(source / name, target / name, **given)
+        else:
+            _copy([path for path in (source / name).iterdir() if path.is_file()], target / name)
+    texts = [path for path in source.iterdir() if path.is_file() and path.suffix in TEXTS]
+    _copy(sorted(texts, key=lambda path: path.name == PIPELINE), target)
+
+
+def _copy(paths: Iterable[Path], target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        shutil.copyfile(path, target / path.name)
 
 
 def _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress):
     from diffjax.train import paths
     from diffjax.train.state import load_run
 
-    check_target(target, overwrite)
+    check_target(target, overwrite, keys)
     check_keys(keys)
     run = load_run(source, ema=ema, step=step, items=False)
     network = run.model.config.get("network", {})
@@ -83,7 +115,10 @@ def _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite,
         model = from_config(network)
         # What a loss has learnt besides is none of the network's.
         own = {name: run.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
-        save(model, own, target, dtype=dtype, shard_bytes=shard_bytes)
+        if keys == "original":
+            save_original(model, own, target, dtype=dtype)
+        else:
+            save(model, own, target, dtype=dtype, shard_bytes=shard_bytes)
     else:
         raise WeightsError(
             f"{source}: its network {run.config.model.name!r} is of no class that checkpoints have "

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffjax.convert.weights.adapters.lora import lora_file, lora_ranks
 from diffjax.convert.weights.errors import printable, some
 from diffjax.convert.weights.folders.survey import PIPELINE, Survey, components, survey, unusual
 from diffjax.convert.weights.originals import Contents, original_components, survey_original
@@ -67,8 +68,20 @@ def describe_folder(
         return _pipeline(Path(folder), variant, settings)
     if variant and Path(folder).is_file():
         raise ValueError(f"{folder} is a file; variant={variant!r} chooses among those of a folder")
+    if (Path(folder).is_file() or not Path(folder, "config.json").is_file()) and (file := lora_file(folder)):
+        return _lora(file, settings)
     contents = original_components(folder) if Path(folder).is_file() else None
     return _original(contents, settings) if contents and contents.parts else _one(survey(folder, variant), **settings)
+
+
+def _lora(file: Path, settings):
+    """The ranks of an adapter by the parts of the pipeline that it changes."""
+    if settings["mesh"]:
+        raise ValueError(f"{file}: --mesh is of networks; this is a LoRA")
+    text, sound = _one(survey(file)._replace(report=None), **settings)
+    ranks = lora_ranks(file)
+    told = [f"{part or 'a part that it does not tell'}, rank {' '.join(map(str, of))}" for part, of in ranks.items()]
+    return f"LoRA for {'; '.join(told)}\n{text}", sound
 
 
 def _pipeline(folder, variant, settings):
@@ -173,11 +186,13 @@ def _spread(found: Survey, entries, mesh, mode):
     """The bytes on each device of a mesh that need not be here."""
     from jax.sharding import AbstractMesh
 
+    from diffjax.train.checks import check_axis_names
     from diffjax.train.parallel.sharding import param_sharding, parse_mesh
 
     axes = parse_mesh(mesh)
     if not axes or min(axes.values()) < 1:
         raise ValueError(f"--mesh={mesh}: the size of every axis is needed, as in --mesh='data=4,fsdp=8'")
+    check_axis_names(axes, f"--mesh={mesh}: ")
     if found.model is None or len(entries) != len(found.shapes):
         raise ValueError(f"{found.path}: --mesh needs a network that is known here, and weights that fit it")
     mode = mode or "rules"

@@ -6,7 +6,7 @@ of published checkpoints, by the name of the class in their `config.json`, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffjax.core.types import Model
@@ -53,7 +53,10 @@ NETWORKS = {
     "VQModel": "diffjax.models.autoencoders.vq:vq_model",
 }
 
-__all__ = ["MODELS", "NETWORKS", "PRESETS", "checkpoint", "dit", "from_config", "kind_of", "mlp", "preset", "unet"]
+__all__ = [
+    "MODELS", "NETWORKS", "PRESETS", "checkpoint", "dit", "from_config", "kind_of", "mlp",
+    "network", "preset", "unet",
+]  # fmt: skip
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -70,6 +73,18 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return kind
 
 
+def network(kind: str) -> Callable[..., Model]:
+    """The function `(config, **how) -> Model` of a class, whose docstring has the inputs of its network.
+
+    Raises:
+      ValueError: for a class that is not known.
+    """
+    if kind not in NETWORKS:
+        known = f"known: {', '.join(sorted(NETWORKS))}{nearest(kind, NETWORKS)}"
+        raise ValueError(f"it is of a {kind!r}, which is not known here; {known}")
+    return lookup(NETWORKS[kind], {}, "class of network")
+
+
 def from_config(config: Mapping[str, Any], **how) -> Model:
     """The network that the `config.json` of a checkpoint describes, without parameters.
 
@@ -80,8 +95,4 @@ def from_config(config: Mapping[str, Any], **how) -> Model:
     Raises:
       ValueError: for a class, or a setting of it, that is not known or not supported.
     """
-    kind = kind_of(config)
-    if kind not in NETWORKS:
-        known = f"known: {', '.join(sorted(NETWORKS))}{nearest(kind, NETWORKS)}"
-        raise ValueError(f"the config is of a {kind!r}, which is not known here; {known}")
-    return lookup(NETWORKS[kind], {}, "class of network")(config, **how)
+    return network(kind_of(config))(config, **how)

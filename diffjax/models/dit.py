@@ -161,7 +161,6 @@ def dit(
     """
     config = dict(locals(), name="dit", shape=tuple(shape))
     ends = ends_of("dit", shape, extra_in, extra_out)
-    compute = Compute(jnp.dtype(dtype), attention_impl, scan, check_remat("dit", remat))
     check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
     check_attention("dit", "attention_impl", attention_impl, dtype)
@@ -174,6 +173,7 @@ def dit(
     if width % 4:
         best = max(4, 4 * round(width / 4))
         raise ValueError(f"dit: width={width}: 2-D positions need a multiple of 4; the nearest is width={best}")
+    compute = Compute(jnp.dtype(dtype), attention_impl, scan, check_remat("dit", remat))
     hidden = math.floor(mlp_ratio * width)
     if hidden < 1:
         raise ValueError(f"dit: mlp_ratio={mlp_ratio}: expected a positive number such as 4.0")

@@ -206,6 +206,76 @@ def test_convert_takes_classes_that_are_not_known(capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_convert_writes_the_names_of_the_authors_and_reads_them(capsys, tmp_path):
+    config = {
+        "_class_name": "UNet2DConditionModel", "block_out_channels": [8, 8], "layers_per_block": 1, "sample_size": 8,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "attention_head_dim": 2, "norm_num_groups": 4,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "cross_attention_dim": 6,
+    }  # fmt: skip
+    model = from_config(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    save(model, jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes), tmp_path / "unet")
+    one = tmp_path / "one.safetensors"
+    code, out, _ = run(capsys, "convert", tmp_path / "unet", one, "--keys=original")
+    assert code == 0 and out == f"{tmp_path / 'unet'} -> {one}\n"
+    assert "model.diffusion_model.input_blocks.0.0.weight" in find(one)
+    # No shape tells how many heads it has: nothing is guessed.
+    code, out, _ = run(capsys, "inspect", one)
+    assert code == 1 and "no published one is 8 channels wide, and no shape tells its heads: give its config" in out
+    given = "--component=unet", f"--network={tmp_path / 'unet' / 'config.json'}"
+    assert run(capsys, "convert", one, tmp_path / "again", *given)[0] == 0
+    again, first = find(tmp_path / "again"), find(tmp_path / "unet")
+    assert again.keys() == first.keys()
+    assert all(again[name].part().tobytes() == tensor.part().tobytes() for name, tensor in first.items())
+    code, _, err = run(capsys, "convert", tmp_path / "unet", one, "--keys=original")
+    assert code == 2 and "it holds weights; name another one, or allow it by overwrite=True, --overwrite" in err
+
+
+def test_convert_takes_whole_pipelines(capsys, folder, tmp_path):
+    source, target = tmp_path / "pipeline", tmp_path / "half"
+    texts = {"scheduler/scheduler_config.json": "{}", "tokenizer/merges.txt": "a b", "README.md": "read"}
+    for name, text in texts.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    (source / "transformer").symlink_to(folder)
+    kinds = {"transformer": "DiTTransformer2DModel", "scheduler": "DDIMScheduler", "tokenizer": "CLIPTokenizer"}
+    (source / "model_index.json").write_text(json.dumps({name: ["a", kind] for name, kind in kinds.items()}))
+    (source / "whole.safetensors").write_bytes(b"left")
+    assert run(capsys, "convert", source, target, "--dtype=float16")[0] == 0
+    here = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert here == {
+        "model_index.json", "README.md", "scheduler/scheduler_config.json", "tokenizer/merges.txt",
+        "transformer/config.json", f"transformer/{ONE}",
+    }  # fmt: skip
+    assert {tensor.dtype.name for tensor in find(target / "transformer").values()} == {"float16"}
+    assert (target / "model_index.json").read_bytes() == (source / "model_index.json").read_bytes()
+    for flags, words in (
+        (("--keys=params",), "need one network, such as"), ((), "it holds README.md"),
+        (("--overwrite", "--component=unet"), "need one network"),
+    ):  # fmt: skip
+        code, _, err = run(capsys, "convert", source, target, *flags)
+        assert code == 2 and words in err
+    code, _, err = run(capsys, "convert", source, source, "--overwrite")
+    assert code == 2 and "the pipeline itself; name another folder" in err
+
+
+def test_adapters_and_variants_are_told(capsys, folder, tmp_path):
+    half = np.zeros((4, 8), np.float16)
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_{}.weight"
+    arrays = {name.format("A"): half, name.format("B"): half.T.copy()}
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    write(path, {k: Source.of(a) for k, a in arrays.items()}, {})
+    for where in (tmp_path, path):
+        code, out, _ = run(capsys, "inspect", where)
+        assert code == 0 and out.startswith("LoRA for unet, rank 4\n") and row(out, "parameters") == "64"
+    (tmp_path / "fp16").mkdir()
+    (tmp_path / "fp16" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "fp16" / ONE.replace(".", ".fp16.")).write_bytes((folder / ONE).read_bytes())
+    code, _, err = run(capsys, "inspect", tmp_path / "fp16")
+    assert code == 2 and "name the variant, such as 'fp16' (variant=, --variant=)" in err
+
+
 def test_convert_takes_the_weights_of_a_run(capsys, tmp_path):
     from ml_collections import ConfigDict
 
@@ -242,7 +312,7 @@ def test_convert_takes_the_weights_of_a_run(capsys, tmp_path):
         (["convert", "{0}", "{0}"], 2, "it holds config.json, diffusion_pytorch_model.safetensors"),
         (["convert", "{0}", "{1}", "--dtype=int8"], 2, "expected a type of floating point"),
         (["convert", "{0}", "{1}", "--dtype=bf16"], 2, "expected a type of floating point"),
-        (["convert", "{0}", "{1}", "--keys=mine"], 2, "unknown keys 'mine'; known: diffusers, params"),
+        (["convert", "{0}", "{1}", "--keys=mine"], 2, "unknown keys 'mine'; known: diffusers, params, original"),
         *((["convert", "{0}", "{1}", f"--shard-gb={n}"], 2, "expected a number above 0") for n in ("0", "inf", "nan")),
         (["convert", "{0}", "{1}", "--family=sd"], 2, "family='sd' is of a component"),
         (["convert", "{0}/diffusion_pytorch_model.safetensors", "{1}", "--variant=a"], 2, "chooses among those of"),
@@ -251,8 +321,14 @@ def test_convert_takes_the_weights_of_a_run(capsys, tmp_path):
         (["convert", "{0}", "{1}", "--ema=raw"], 2, "is no run"),
         (["convert", "{0}", "{1}", "--dtyp=float16"], 2, "did you mean '--dtype'"),
         (["convert", "{0}", "{1}", "--config.seed=1"], 2, "convert takes no config"),
-        (["convert", "{1}", "{0}/x"], 1, "no config.json"),
-        (["inspect", "{1}"], 1, "no config.json"),
+        (["convert", "{1}", "{0}/x"], 1, "no such folder or file"),
+        (["inspect", "{1}"], 1, "no such folder or file"),
+        (["inspect", "{0}/config.json"], 2, "text, no safetensors file"),
+        (["convert", "{0}", "{0}/config.json", "--overwrite"], 2, "it is a file; a folder is to be written"),
+        (["convert", "{0}", "{0}", "--overwrite", "--keys=original"], 2, "written to one file, such as"),
+        (["convert", "{0}", "{1}.safetensors", "--keys=original"], 2, "a DiTTransformer2DModel has no other names"),
+        (["convert", "{0}", "{1}", "--network={0}/config.json"], 2, "is of a component of an original checkpoint"),
+        (["inspect", "{0}", "--mesh=fsd=2"], 2, "unknown mesh axis 'fsd'; known: data, fsdp, tensor, sequence"),
         (["inspect", "{0}", "--fast"], 2, "--fast is for configs and runs"),
         (["inspect", "{0}", "--config=x.py"], 2, "--config is for configs and runs"),
         (["inspect", "{0}", "--config.seed=1"], 2, "--config.seed is for configs and runs"),

@@ -70,7 +70,7 @@ SIMPLE = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
     [
         (dict(norm_num_groups=3), "norm_num_groups=3 does not divide .* 8; the nearest"),
         (dict(norm_num_groups=0), "norm_num_groups=0: expected an integer >= 1"),
-        (dict(attention_head_dim=None), "attention_head_dim=None: its transformers need a number of heads"),
+        (dict(attention_head_dim=None), "attention_head_dim=None: expected int"),
         (dict(attention_head_dim=9), "attention_head_dim=9: its transformers need .* at most .*, 8"),
         (dict(attention_head_dim=3, down_block_types=SIMPLE), "attention_head_dim=3 does not divide the channels 8"),
         (dict(transformer_layers_per_block=(1, 1, 1)), "transformer_layers_per_block has 3 values for 2 block_out"),

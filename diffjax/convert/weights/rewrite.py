@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,19 +15,22 @@ from diffjax.convert.weights.folders.find import read_config
 from diffjax.convert.weights.folders.save import SHARD_BYTES, write_folder
 from diffjax.convert.weights.folders.survey import Survey, check_fits, survey
 from diffjax.convert.weights.originals import survey_original
+from diffjax.convert.weights.originals.save import check_kind, write_original
 from diffjax.convert.weights.places.layout import Place, layout, read, split, type_of
 from diffjax.convert.weights.tensors import Source, Tensor, read_header
 from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
 from diffjax.models import NETWORKS
 
-# Whose names the tensors get: those of the checkpoint's class, or `a/b/kernel` as in `params.safetensors`.
-KEYS = ("diffusers", "params")
+# Whose names the tensors get: those of the checkpoint's class, `a/b/kernel` as in `params.safetensors`, or those of the
+# network's authors, in one file.
+KEYS = ("diffusers", "params", "original")
 
 
 def rewrite(
     source: str | os.PathLike, target: str | os.PathLike, *, dtype: str | None = None, variant: str | None = None,
     shard_bytes: int = SHARD_BYTES, keys: str | None = None, component: str | None = None, family: str | None = None,
-    overwrite: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
+    network: Mapping[str, Any] | None = None, overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:  # fmt: skip
     """Writes the network of the folder `source` into the folder `target`; one tensor is in memory at a time.
 
@@ -34,13 +38,13 @@ def rewrite(
 
     Args:
       source: with `config.json` and weights, as `load` reads them.
-      target: a folder; made if absent.
+      target: a folder, made if absent; a safetensors file for the keys "original".
       dtype: of the tensors of floating point; None for their own.
       variant: of the files of `source`; those of `target` have none.
       shard_bytes: most bytes of tensors in one file.
       keys: one of `KEYS`; None for those that the source has.
-      component, family: of an original checkpoint, which network of it, and whose where it does not tell; see
-        `load_original`.
+      component, family, network: of an original checkpoint, which network of it, whose where it does not tell, and its
+        config where no published one has these shapes; see `load_original`.
       overwrite: whether `target` may hold files; its config and weights are replaced.
       progress: called with the bytes written so far, and of all.
 
@@ -50,22 +54,29 @@ def rewrite(
         source, or the folder of an original checkpoint as target.
       OSError: disk full, folder read-only; what was in `target` is whole.
     """
-    check_target(target, overwrite)
+    check_target(target, overwrite, keys)
     check_dtype("dtype", dtype)
     check_keys(keys)
-    if component is None and family is not None:
-        raise ValueError(f"family={family!r} is of a component of an original checkpoint: name it, component='vae'")
+    for name, value in (("family", family), ("network", network)):
+        if component is None and value is not None:
+            raise ValueError(f"{name}={value!r} is of a component of an original checkpoint: name it, component='vae'")
     if component is not None and variant is not None:
         raise ValueError(f"{source} is one file; variant={variant!r} chooses among those of a folder")
     held = Path(source).parent if os.path.isfile(source) else source
     if component is not None and os.path.isdir(target) and os.path.samefile(held, target):
         # What is written there would take its place, with one of its networks.
         raise ValueError(f"{target}: the folder of {source} itself; name another one")
-    found = survey(source, variant) if component is None else survey_original(source, component, family=family)
+    if component is None:
+        found = survey(source, variant)
+    else:
+        found = survey_original(source, component, config=network, family=family)
     check_fits(found, component or "")
     if not found.tensors:
         raise WeightsError(f"{source}: a config without weights")
     sources = _renamed(found, keys, dtype) if found.model else _kept(found, keys, dtype)
+    if keys == "original":
+        write_original(found.model.config, watched(sources, progress), target)
+        return
     params = keys == "params" if keys else _is_own(found.tensors)
     config = read_config(Path(source)) if component is None else found.model.config
     metadata = {"format": "pt"} if component else _metadata(found)
@@ -87,11 +98,17 @@ def check_keys(keys: str | None) -> None:
         raise ValueError(f"unknown keys {keys!r}; known: {', '.join(KEYS)}")
 
 
-def check_target(target: str | os.PathLike, overwrite: bool) -> None:
-    """Raises `WeightsError` for a folder with files in it, unless these may be replaced."""
-    held = sorted(os.listdir(target)) if os.path.isdir(target) else []
+def check_target(target: str | os.PathLike, overwrite: bool, keys: str | None = None) -> None:
+    """Raises `WeightsError` for a target that cannot be written, or that holds what may not be replaced."""
+    file, there = keys == "original", os.path.exists(target)
+    if file and Path(target).suffix != ".safetensors":
+        raise WeightsError(f"{target}: the authors' names are written to one file, such as model.safetensors")
+    if there and os.path.isdir(target) == file:
+        is_there, wanted = ("folder", "file") if file else ("file", "folder")
+        raise WeightsError(f"{target}: it is a {is_there}; a {wanted} is to be written")
+    held = "weights" if file and there else some(sorted(os.listdir(target)), 3) if there else ""
     if held and not overwrite:
-        raise WeightsError(f"{target}: it holds {some(held, 3)}; name another folder, or allow to overwrite")
+        raise WeightsError(f"{target}: it holds {held}; name another one, or allow it by overwrite=True, --overwrite")
 
 
 def watched(sources: Mapping[str, Source], progress: Callable[[int, int], None]) -> dict[str, Source]:
@@ -115,7 +132,7 @@ def _is_own(tensors):
 
 
 def _kept(found: Survey, keys, dtype):
-    if keys and (keys == "params") != _is_own(found.tensors):
+    if keys and (keys == "original" or (keys == "params") != _is_own(found.tensors)):
         raise ValueError(
             f"{found.path}: keys={keys!r} needs a class that is known here, not {found.kind!r}; known: "
             f"{', '.join(NETWORKS)}"
@@ -129,6 +146,8 @@ def _as_it_is(tensor: Tensor, dtype) -> Source:
 
 def _renamed(found: Survey, keys, dtype) -> dict[str, Source]:
     """The tensors of a network that is known, under the names that are asked for."""
+    if keys == "original":
+        check_kind(found.kind, found.path)
     from_own = _is_own(found.tensors)
     if keys is None or (keys == "params") == from_own:
         return {key: _as_it_is(found.tensors[key], cast(found.tensors[key].dtype, dtype)) for key in found.tensors}

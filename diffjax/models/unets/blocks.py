@@ -166,7 +166,7 @@ def _check_heads(stage: Stage) -> None:
     """Raises `ValueError` for heads, and groups of their norm, that attention cannot have."""
     kind, channels, width = TYPES[stage.type].attention, stage.channels, stage.head_width
     if kind == "cross":
-        if not stage.heads or not 1 <= stage.heads <= channels:
+        if not 1 <= stage.heads <= channels:
             told = f"its transformers need a number of heads, at most that of their channels, {channels}"
             raise ValueError(f"{stage.type}: attention_head_dim={stage.heads}: {told}")
         return

@@ -174,7 +174,8 @@ def check(kind: str, c: Any, x: jax.Array, given: Given) -> None:
             told = ", ".join(f"{setting}={getattr(c, setting)!r}" for setting in names.split())
             raise ValueError(f"{kind}: {name} is given, but the network has no use for it ({told}); leave it out")
         if value is None and wanted and name != "cond":
-            raise ValueError(f"{kind}: this network needs {name}; see its docstring for what that is")
+            told = f"help(diffjax.models.network({kind!r})) says what that is"
+            raise ValueError(f"{kind}: this network needs {name}; {told}")
         if value is not None:
             settings.expect(kind, name, value, *shapes[name])
     if added == "text_time":

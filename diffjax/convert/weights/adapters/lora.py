@@ -20,6 +20,7 @@ from diffjax.convert.weights.adapters.lora_names import (
     Named,
     Target,
     chosen,
+    fits,
     matched,
     spellings,
     taken_apart,
@@ -82,9 +83,35 @@ def load_lora(
 
 def lora_components(path: str | os.PathLike) -> tuple[str, ...]:
     """The parts of a pipeline that a file has adapters for, by its own words; none if it does not tell."""
+    return tuple(name for name in sorted(lora_ranks(path)) if name)
+
+
+def lora_file(path: str | os.PathLike) -> Path | None:
+    """The file of an adapter, in a folder or itself; None for what is none.
+
+    Raises as `find`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return next((path / name for name in FILES if (path / name).is_file()), None)
+    is_lora = path.is_file() and any(fits(key) for key in find(path))
+    return path if is_lora else None
+
+
+def lora_ranks(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """The ranks in a file, for each part of the pipeline; "" where it does not tell which, and no part for other files.
+
+    Raises:
+      WeightsError: for a folder without an adapter, a damaged file, and adapters of other kinds.
+      OSError: if it cannot be read.
+    """
     file, _ = opened(Path(path))
-    found = {taken_apart(file, key, {}).component for key in find(file)}
-    return tuple(sorted(name for name in found if name))
+    found: dict[str, set[int]] = {}
+    for key, tensor in find(file).items():
+        named = taken_apart(file, key, {})
+        if named.slot == "a" and tensor.shape:
+            found.setdefault(named.component or "", set()).add(tensor.shape[0])
+    return {component: tuple(sorted(ranks)) for component, ranks in found.items()}
 
 
 def _factors(
@@ -96,8 +123,8 @@ def _factors(
     shapes = [targets[module].shape for module in meaning.modules]
     rows, shape = sum(shape[0] for shape in shapes), shapes[0]
     window = lambda sides: () if all(n == 1 for n in sides) else tuple(sides)
-    fits = len(a.shape) >= 2 and b.shape[:2] == (rows, a.shape[0]) and a.shape[1] == shape[1]
-    if not (fits and window(a.shape[2:]) == window(shape[2:]) and window(b.shape[2:]) == () and a.shape[0]):
+    right = len(a.shape) >= 2 and b.shape[:2] == (rows, a.shape[0]) and a.shape[1] == shape[1]
+    if not (right and window(a.shape[2:]) == window(shape[2:]) and window(b.shape[2:]) == () and a.shape[0]):
         told = f"{list(a.shape)} and {list(b.shape)} for a weight {[rows, *shape[1:]]}"
         raise WeightsError(f"{file}: {slots['a'].names[-1]}: factors of shape {told}")
     if not all(jnp.issubdtype(factor.dtype, jnp.floating) for factor in (a, b)):

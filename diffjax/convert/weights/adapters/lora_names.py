@@ -132,6 +132,11 @@ def _authors(targets: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[
             yield name, Meaning(tuple(parts[i][0] for i in range(len(parts))), parts[0][1] == "swap")
 
 
+def fits(key: str) -> bool:
+    """Whether a tensor of this name is part of a LoRA."""
+    return any(regex.fullmatch(key) for regex in FORMS)
+
+
 def taken_apart(file: Path, key: str, spelled: Mapping[str, Any]) -> Named:
     """The parts of a key; raises `WeightsError` for what is known to be no LoRA."""
     for regex, what in NOT_LORA:

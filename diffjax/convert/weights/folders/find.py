@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def read_config(folder: Path) -> dict[str, Any]:
       OSError: if it cannot be read.
     """
     path = (folder.parent if folder.is_file() else folder) / "config.json"
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder or file")
     if not path.is_file():
         parts = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f"; it has those of {some(parts)}: name one of these folders" if parts else ""
@@ -58,6 +61,9 @@ def find(path: Path, variant: str | None = None) -> dict[str, Tensor]:
         _refuse_pickle(pickles[0])
     variants = f" with variant {variant!r}" if variant else " without a variant"
     found = f"it has {some(weights)}" if weights else "it has no .safetensors file"
+    ends = (re.search(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$", name) for name in weights)
+    others = sorted({end[1] for end in ends if end})
+    found += f"; name the variant, such as {others[0]!r} (variant=, --variant=)" if others and not variant else ""
     raise WeightsError(
         f"{path}: no weights{variants}; looked for {' and '.join(weights_of(s, variant) for s in STEMS)}, or an index "
         f"of these; {found}"

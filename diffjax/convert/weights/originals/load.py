@@ -38,7 +38,8 @@ def load_original(
       path: a safetensors file.
       component: "unet", "unet_ema" (the average of its parameters that some files have), "transformer", "vae",
         "text_encoder", "text_encoder_2" or "text_encoder_3", as in diffusers' pipelines.
-      config: settings as of a `config.json`; None for those that the shapes tell, of the published networks.
+      config: settings as of a `config.json`; None for those that the shapes tell, of the published networks. They tell
+        no heads and no groups: other widths than the published ones need it.
       family: of `Contents.family`, where the file does not tell it: a VAE alone.
       param_dtype, sharding, how: as for `load`.
 
@@ -66,8 +67,9 @@ def survey_original(
     """
     contents = original_components(Path(path))
     if component not in contents.parts:
-        known = ", ".join(contents.parts) or "it is none of Stable Diffusion or FLUX.1 under their authors' names"
-        raise WeightsError(f"{path}: no component {component!r}; it has: {known}")
+        if not contents.parts:
+            raise WeightsError(f"{path}: it has nothing of Stable Diffusion or FLUX.1 under its authors' names")
+        raise WeightsError(f"{path}: no component {component!r}; it has: {', '.join(contents.parts)}")
     with told_of(contents.path):
         return _surveyed(contents, component, config, family, how)
 
@@ -100,7 +102,7 @@ def infer(contents: Contents, component: str, family: str | None = None) -> dict
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if component == "vae" and "edm_mean" in contents.rest:
         # Playground 2.5, whose latents have a mean and a spread of their own.
-        raise WeightsError(f"{contents.path}: its latents are scaled by edm_mean and edm_std: give config=")
+        raise WeightsError(f"{contents.path}: its latents are scaled by edm_mean and edm_std: give its config")
     try:
         if part.kind in MODULES:
             return MODULES[part.kind].config(shapes, family)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -39,11 +40,22 @@ def save_original(
       OSError: disk full, folder read-only; what was there is whole.
     """
     check_dtype("dtype", dtype)
-    kind = kind_of(model.config)
+    check_kind(kind_of(model.config), path)
+    write_original(model.config, tensors_of(model, params, path, dtype), path, prefix)
+
+
+def check_kind(kind: str, path: str | os.PathLike) -> None:
+    """Raises `WeightsError` for a class whose authors had no other names."""
     if kind not in MODULES:
         raise WeightsError(f"{path}: a {kind} has no other names; known: {', '.join(MODULES)}")
-    ours = tensors_of(model, params, path, dtype)
-    naming = MODULES[kind].naming(complete(kind, model.config))
+
+
+def write_original(
+    config: Mapping[str, Any], ours: Mapping[str, Source], path: str | os.PathLike, prefix: str | None = None
+) -> None:  # fmt: skip
+    """`save_original` of tensors by their names in a folder; raises as it does."""
+    kind = kind_of(config)
+    naming = MODULES[kind].naming(complete(kind, config))
     slots = arrange(naming, {name: source.shape for name, source in ours.items()})
     prefix = PREFIXES.get(kind, UNET) if prefix is None else prefix
     write(path, {prefix + name: source_of(slot, ours) for name, slot in slots.items()}, {"format": "pt"})

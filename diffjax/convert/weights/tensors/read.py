@@ -146,6 +146,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, s
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
             other = next((what for magic, what in OTHERS.items() if re.match(magic, start)), "")
+            other = other or ("text, no safetensors file" if re.fullmatch(rb"[\t\n\r -~]{8}", start) else "")
             told = other or f"cut off: a header of {length} bytes in a file of {size}; copy it again"
             raise WeightsError(f"{path}: {told}")
         if length > LONGEST_HEADER:

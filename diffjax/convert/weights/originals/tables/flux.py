@@ -60,7 +60,8 @@ def config(shapes: Mapping[str, tuple[int, ...]], family: str) -> dict[str, Any]
     """
     head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     if head != 128:
-        raise WeightsError(f"heads of {head} channels: how many of them turn with each axis is not told: give config=")
+        told = f"heads of {head} channels: no shape tells how many of them turn with each axis"
+        raise WeightsError(f"{told}: give its config")
     count = lambda start: len({name.split(".")[1] for name in shapes if name.startswith(start)})
     width, channels = shapes["img_in.weight"]
     out = shapes["final_layer.linear.weight"][0]

@@ -11,6 +11,8 @@ from diffjax.convert.weights.originals.tables.sgm import sgm_name
 
 # The first tensor of each, to recognise one by.
 FIRST = "input_blocks.0.0.weight"
+# Channels of the first level of the published ones, whose heads and groups are known: all but SDXL's refiner, and that.
+WIDTHS = (320, 384)
 HEAD = 64  # channels of a head of attention in Stable Diffusion 2 and XL; 1 has eight heads
 # Pixels of the latents that they were trained at.
 SIDES = {"sd": 64, "sd2": 96, "sdxl": 128, "refiner": 128}
@@ -50,14 +52,15 @@ def config(shapes: Mapping[str, tuple[int, ...]], family: str) -> dict[str, Any]
     widths = [level["width"] for level in levels]
     layers = {level["layers"] for level in levels}
     if len(layers) != 1 or "label_emb.weight" in shapes or not mid:
-        raise WeightsError("its shapes are none of a U-Net of Stable Diffusion 1, 2 or XL: give config=")
+        raise WeightsError("its shapes are none of a U-Net of Stable Diffusion 1, 2 or XL: give its config")
     # Without attention of its own, a level's number counts for nothing but the last's, which is that of the middle.
     depths = [level["depth"] or 1 for level in levels[:-1]] + [levels[-1]["depth"] or mid]
     depths = [mid] if {level["depth"] for level in levels} <= {0, mid} else depths
     down = ["CrossAttnDownBlock2D" if level["depth"] else "DownBlock2D" for level in levels]
+    if widths[0] not in WIDTHS:
+        told = f"no published one is {widths[0]} channels wide, and no shape tells its heads"
+        raise WeightsError(f"{told}: give its config")
     linear = len(shapes[_first(shapes, ".proj_in.weight")]) == 2
-    if linear and any(width % HEAD for width in widths):
-        raise WeightsError(f"widths {widths} are no multiples of a head's {HEAD} channels: give config=")
     out = {
         "_class_name": "UNet2DConditionModel", "sample_size": SIDES[family], "in_channels": shapes[FIRST][1],
         "out_channels": shapes["out.2.weight"][0], "block_out_channels": widths, "layers_per_block": layers.pop(),

@@ -9,6 +9,7 @@ from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.originals.tables.naming import Naming, table
 
 FIRST = "encoder.down.0.block.0.conv1.weight"
+GROUPS = 32  # of channels, in every level
 # By family: the factor on latents and what is taken off before; pixels that it was trained at.
 LATENTS = {
     "sd": (0.18215, None, 512), "sd2": (0.18215, None, 768), "sdxl": (0.13025, None, 1024),
@@ -51,11 +52,13 @@ def config(shapes: Mapping[str, tuple[int, ...]], family: str) -> dict[str, Any]
     if family not in LATENTS:
         raise WeightsError(
             f"the file does not tell whose autoencoder it is, and so how latents are scaled: give family=, one of "
-            f"{', '.join(LATENTS)}, or config="
+            f"{', '.join(LATENTS)}, or a config"
         )
     levels = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")})
     first = lambda i: shapes[f"encoder.down.{i}.block.0.conv1.weight"]
     layers = len({name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")})
+    if first(0)[0] % GROUPS:
+        raise WeightsError(f"{first(0)[0]} channels are no multiple of the authors' {GROUPS} groups: give its config")
     scale, shift, side = LATENTS[family]
     return {
         "_class_name": "AutoencoderKL", "in_channels": shapes["encoder.conv_in.weight"][1],
