@@ -62,6 +62,7 @@ def test_a_folder_is_asked_for():
         configs.load(f"{ROOT}/configs/folder.py:path=x,size=30")
 
 
+@pytest.mark.often("DiT*")
 @pytest.mark.parametrize("kind, out", [("UNet2DModel", 1), ("DiTTransformer2DModel", 2)])
 def test_a_published_network_is_tuned_as_it_is(tmp_path, kind, out):
     network = {"_class_name": kind, "in_channels": 1, "out_channels": out, "sample_size": 8}

@@ -24,6 +24,7 @@ X, T, CONTEXT, POOLED = normal(0, 2, 4, 8, 2), jnp.array([5, 900]), normal(1, 2,
 CONTROL = normal(3, 2, 4, 8, 2)
 
 
+@pytest.mark.slow
 def test_residuals_of_zero_leave_every_bit():
     net = from_config(dict(SHARED, _class_name="SD3ControlNetModel", num_layers=1), scan=False)
     # One operation after the other: within one program XLA may round the last bit of a fused sum another way.

@@ -99,7 +99,7 @@ def test_adapters_are_those_of_diffusers(case):
     case("sdxl").check(gradients=False)
 
 
-@pytest.mark.often("sd")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_gradients_for_adapters_are_those_of_diffusers(name, case, tmp_path):
     run = case(name)

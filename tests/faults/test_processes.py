@@ -116,6 +116,7 @@ def assert_same_bits(a, b):
 PLAIN = {"optim.name": "sgd", "optim.clip": 1.0, "num_steps": 20, "augment": "('shift(pixels=1)',)"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fsdp", pytest.param("data", marks=pytest.mark.faults)])
 def test_two_processes_train_what_one_does(tmp_path, mode):
     """With half of each batch read by each, the same parameters but for the order of sums: 20 steps in float32."""

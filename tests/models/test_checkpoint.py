@@ -36,7 +36,7 @@ def config(network=DIT, **changes):
     return ConfigDict(base | changes)
 
 
-@pytest.mark.often("*more classes")
+@pytest.mark.often("dit of more classes")
 @pytest.mark.parametrize(
     "network, null",
     [(DIT, 3), (UNET, 3), (DIT | {"num_embeds_ada_norm": 7}, 7), (UNET | {"num_class_embeds": 8}, 7)],

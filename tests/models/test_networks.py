@@ -90,6 +90,7 @@ def test_dropout_only_with_a_key(net, inputs):
     assert np.abs(first - out).max() > 1e-2 and np.abs(first - second).max() > 1e-2
 
 
+@pytest.mark.often("mlp", "dit")
 def test_gradients_are_finite_and_reach_every_parameter(net, inputs):
     model, _, params, _ = net
     grads = jax.jit(jax.grad(lambda p: (model.apply(p, *inputs) ** 2).mean()))(params)

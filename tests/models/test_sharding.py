@@ -59,7 +59,7 @@ PUBLISHED = {
     ),
 }  # fmt: skip
 # Those that the fast tests compare on 8 devices: matrices in a scan, and convolutions.
-FAST = ("DiTTransformer2DModel", "UNet2DModel")
+FAST = ("DiTTransformer2DModel",)
 # One configuration of each class.
 FIRST = {kind_of(config): name for name, config in reversed(CASES.items())}
 

@@ -46,7 +46,8 @@ def flow_steps():
     return fit(4, FLOW, (KEY, (64, 2)), jump=False, order=2)
 
 
-@pytest.mark.parametrize("name, schedule", [pytest.param("vp_steps", VP, marks=pytest.mark.slow), ("flow_steps", FLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name, schedule", [("vp_steps", VP), ("flow_steps", FLOW)])
 def test_a_fit_is_several_times_closer_than_the_recommendation(name, schedule, request):
     steps = request.getfixturevalue(name)
     stats = dj.Gaussian(steps.stats.mean, steps.stats.spectrum) if steps.jump else None
