@@ -38,6 +38,7 @@ def chain():
     return lambda *how: np.asarray(run(*how) if how else alone())
 
 
+@pytest.mark.slow
 def test_what_says_nothing_changes_nothing(chain):
     alone = chain()
     np.testing.assert_array_equal(chain(1.0, 0.0), alone)

@@ -28,7 +28,7 @@ def case():
     return params, x, jnp.array([0.2, 0.8]), jnp.array([1, 3])
 
 
-@pytest.mark.often("unrolled")
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", [dict(scan=False), dict(remat=True)], ids=["unrolled", "remat"])
 def test_scan_unrolled_and_rematerialised_are_one_function(case, loop):
     params, x, t, y = case

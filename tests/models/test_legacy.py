@@ -20,6 +20,7 @@ PIXART = dict(
 )  # fmt: skip
 
 
+@pytest.mark.often("*PixArt*")
 @pytest.mark.parametrize("config, kind", [(DIT, "DiTTransformer2DModel"), (PIXART, "PixArtTransformer2DModel")])
 def test_it_is_the_network_of_today(config, kind, tmp_path):
     model = from_config({"_class_name": "Transformer2DModel", **config})

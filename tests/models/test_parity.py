@@ -28,7 +28,7 @@ CASES = [(family, name) for family, module in FAMILIES.items() for name in modul
 OFTEN = (
     "bert", "bert-masked", "clip-*", "controlnet-flux-union", "controlnet_sd", "edm2", "flux-dev", "gpt2", "gpt2-lm",
     "movq", "pixart_alpha", "prior-kandinsky", "safety*", "sd3", "sd3_controlnet", "t2i_adapter", "t5", "taesd-deep",
-    "umt5", "unet_2d_adm", "unet_2d_ncsnpp", "unet_cond_if", "unet_cond_sdxl", "unet_chain_sd", "uvit-*", "vae", "vq",
+    "umt5", "unet_2d_adm", "unet_2d_ncsnpp", "unet_cond_sdxl", "uvit-*", "vae", "vq",
 )  # fmt: skip
 RUNS = sorted(Path(LIVE, "networks").iterdir()) if LIVE else []
 

@@ -134,7 +134,7 @@ def test_shapes_are_those_of_pytorch(name):
 @pytest.mark.often(
     "sd15-unet", "sd15-vae", "sd15-text_encoder", "sd15-controlnet", "sdxl-unet", "sdxl-text_encoder_2", "clip_l",
     "sd3_medium-transformer", "flux_dev-transformer", "dit_xl_2_256-transformer", "pixart_alpha_1024-transformer",
-    "ddpm_cifar10-unet", "geowizard-unet", "kandinsky21-prior", "taesd-vae",
+    "ddpm_cifar10-unet", "kandinsky21-prior", "taesd-vae",
 )  # fmt: skip
 @pytest.mark.parametrize("name", FILES, ids=str)
 def test_a_published_file_is_taken_as_it_is(name):

@@ -126,6 +126,7 @@ def of_latents(tmp_path_factory):
     sys.path.remove(str(root))
 
 
+@pytest.mark.slow
 def test_samples_of_latents_are_kept_as_decoded_images(of_latents, tmp_path):
     sizes = __import__(MODULE).sizes
     sizes.clear()

@@ -43,7 +43,7 @@ def config_of(flags):
     return config
 
 
-@pytest.mark.often("vdm")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_an_ablation_is_a_flag(name, tmp_path):
     config = config_of(RUNS[name])

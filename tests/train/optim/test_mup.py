@@ -136,7 +136,7 @@ def check(build, widths, name, mup_on, inputs, target, *, lr, steps, seeds=1):
     return slopes(widths, rows)
 
 
-@pytest.mark.often("adamw-0.003")
+@pytest.mark.slow
 @pytest.mark.parametrize("name, lr", [("adamw", 3e-3), ("sgd", 0.1)])
 def test_coordinate_check_of_a_perceptron(name, lr):
     inputs = (jax.random.normal(jax.random.key(1), (32, 8)),)

@@ -91,6 +91,7 @@ def test_decay_rules_rates_and_freezing_hold_inside():
     np.testing.assert_array_equal(after["c"], 1.0)
 
 
+@pytest.mark.slow
 def test_a_run_without_other_averages_is_opened_at_the_average(tmp_path):
     config = ConfigDict(
         dict(

@@ -31,7 +31,7 @@ def total(found, kind, group=None):
     return sum(row.bytes for row in found.collectives if row.kind == kind and group in (None, row.group))
 
 
-@pytest.mark.slow  # the other plan has such a sum as well
+@pytest.mark.slow
 def test_data_parallel_sums_the_gradient_once():
     found = plan(given(model=dict(name="mlp", width=WIDTH, depth=1)), "data=8")
     weights = 4 * found.parameters
@@ -44,6 +44,7 @@ def test_data_parallel_sums_the_gradient_once():
     assert total(found, "all-gather") + total(found, "reduce-scatter") + total(found, "all-to-all") == 0
 
 
+@pytest.mark.slow
 def test_split_parameters_are_gathered_and_their_gradients_scattered():
     found = plan(given(), "data=2,fsdp=4,tensor=1", sharding="rules")
     biases = 4 * found.parameters - BLOCKS - REST - LABELS
