@@ -92,7 +92,7 @@ def compare(run, gradients, tmp_path):
         truth = {k.split("/", 2)[2]: v for k, v in run.run.items() if k.startswith(f"gradient/{i}/")}
         assert len(truth) > 3
         for key, value in truth.items():
-            close_gradient(ours[key], value, key)
+            close_gradient(ours[key], value, key, run.run[f"rounding/{i}/{key}"])
 
 
 def test_adapters_are_those_of_diffusers(case):

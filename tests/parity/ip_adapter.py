@@ -17,7 +17,7 @@ import networks
 import numpy as np
 import torch
 from networks import unet_cond
-from record import build, config_of, tensors_in
+from record import build, cast, config_of, tensors_in
 
 SCALES = (0.6, -0.3)
 ONE = dict(
@@ -106,16 +106,21 @@ def record(name: str, case: networks.Case, kinds: list[str], path: Path, width: 
     forward = module.forward
 
     def pictured(*given, added_cond_kwargs=None, **rest):
-        added = {**(added_cond_kwargs or {}), "image_embeds": [torch.from_numpy(a) for a in embeds]}
-        return forward(*given, added_cond_kwargs=added, **rest)
+        pictures = [torch.from_numpy(a).to(module.dtype) for a in embeds]
+        return forward(*given, added_cond_kwargs={**(added_cond_kwargs or {}), "image_embeds": pictures}, **rest)
 
     module.forward = pictured
     out = unet_cond.theirs(module, tensors_in(inputs))["out"]
     probe = torch.from_numpy(networks.draw(name, "probe", ("normal", tuple(out.shape))))
     (out * probe).sum().backward()
     arrays |= {"out/base": base.detach().numpy(), "out/out": out.detach().numpy(), "probe": probe.numpy()}
-    for i, kind in enumerate(kinds):
-        arrays |= {f"gradient/{i}/{k}": v.numpy() for k, v in gradients(module, i, kind).items()}
+    of = lambda: {f"{i}/{k}": v.clone() for i, kind in enumerate(kinds) for k, v in gradients(module, i, kind).items()}
+    found = of()
+    module.zero_grad()
+    (unet_cond.theirs(module.double(), cast(tensors_in(inputs), torch.float64))["out"] * probe).sum().backward()
+    # What float32 loses of each.
+    arrays |= {f"rounding/{key}": (found[key].double() - wide).abs().max().numpy() for key, wide in of().items()}
+    arrays |= {f"gradient/{key}": value.numpy() for key, value in found.items()}
     np.savez_compressed(path, facts=json.dumps(facts, sort_keys=True), **arrays)
 
 
