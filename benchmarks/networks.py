@@ -226,7 +226,8 @@ def main():
         print(name, json.dumps(rows[name]), flush=True)
     peer.close()
     report = {
-        "command": "python benchmarks/networks.py --oracle .venv-oracle/bin/python",
+        "command": "python benchmarks/networks.py --oracle .venv-oracle/bin/python"
+        f" --rounds {arguments.rounds} --steps {arguments.steps}",
         "device": f"{jax.devices()[0].device_kind}, {THREADS} of {os.cpu_count()} cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "diffjax": dj.__version__},
         "networks": rows,
