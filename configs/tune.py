@@ -5,7 +5,7 @@ r"""Further training of a published network on your own data: a `UNet2DModel` or
 
 `path` is the checkpoint's folder, with its `config.json` and its weights; sizes of images, channels and classes of the
 data must be the network's. The last row of its table of labels is that of no class. A network with twice the channels
-at its end, as DiT, learns the variance as well.
+at its end, as DiT, learns the variance as well. NCSN++ and others that are told noise levels need another config.
 
 Other settings after the colon: `:noise=scaled_linear` (the schedule's name, default `ddpm`, of 1000 steps), `:lr=1e-5`,
 `:steps=10000` (default 1000), `:batch=64`, `:seed=1`, `:smoke` (a few steps; no quality).
@@ -27,6 +27,9 @@ def get_config(arg=None):
     if not arg.path or not file.is_file():
         raise ValueError(f"path={arg.path}: expected the folder of a checkpoint, with a config.json: path=FOLDER")
     network = json.loads(file.read_text())
+
+    if network.get("time_embedding_type") == "fourier":
+        raise ValueError(f"path={arg.path}: it is told noise levels, not times in steps: write a config of its own")
 
     config = ConfigDict()
     config.seed, config.batch_size = arg.seed, arg.batch

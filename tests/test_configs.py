@@ -83,5 +83,9 @@ def test_a_published_network_is_tuned_as_it_is(tmp_path, kind, out):
 
 
 def test_a_checkpoint_is_asked_for(tmp_path):
+    (tmp_path / "ncsnpp").mkdir()
+    (tmp_path / "ncsnpp" / "config.json").write_text('{"_class_name": "UNet2DModel", "time_embedding_type": "fourier"}')
+    with pytest.raises(ValueError, match="is told noise levels"):
+        configs.load(f"{ROOT}/configs/tune.py:path={tmp_path / 'ncsnpp'}")
     with pytest.raises(ValueError, match="expected the folder of a checkpoint"):
         configs.load(f"{ROOT}/configs/tune.py:path={tmp_path}")
