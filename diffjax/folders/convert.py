@@ -54,6 +54,8 @@ def convert(
     check_dtype("dtype", dtype)
     if shard_gb is not None and not 1e-9 <= shard_gb < math.inf:
         raise ValueError(f"--shard-gb={shard_gb:g}: expected a number above 0")
+    if shard_gb is not None and keys == "original":
+        raise ValueError(f"--shard-gb={shard_gb:g}: the authors' names are written to one file")
     shard_bytes = SHARD_BYTES if shard_gb is None else round(shard_gb * 1e9)
     if is_run(target):
         raise ValueError(f"{target} is a run, whose config would be replaced; name another folder")

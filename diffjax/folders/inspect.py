@@ -68,7 +68,8 @@ def describe_folder(
         return _pipeline(Path(folder), variant, settings)
     if variant and Path(folder).is_file():
         raise ValueError(f"{folder} is a file; variant={variant!r} chooses among those of a folder")
-    if (Path(folder).is_file() or not Path(folder, "config.json").is_file()) and (file := lora_file(folder)):
+    alone = Path(folder).is_file() or not Path(folder, "config.json").is_file()
+    if alone and not variant and (file := lora_file(folder)):
         return _lora(file, settings)
     contents = original_components(folder) if Path(folder).is_file() else None
     return _original(contents, settings) if contents and contents.parts else _one(survey(folder, variant), **settings)

@@ -81,7 +81,7 @@ def network(kind: str) -> Callable[..., Model]:
     """
     if kind not in NETWORKS:
         known = f"known: {', '.join(sorted(NETWORKS))}{nearest(kind, NETWORKS)}"
-        raise ValueError(f"it is of a {kind!r}, which is not known here; {known}")
+        raise ValueError(f"the class is a {kind!r}, which is not known here; {known}")
     return lookup(NETWORKS[kind], {}, "class of network")
 
 

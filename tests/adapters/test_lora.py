@@ -343,7 +343,8 @@ def test_factors_are_of_floating_point(dtype, model):
 
 def test_metadata_is_read_strictly(model, tmp_path):
     twice, deep = '{"r": 1, "r": 2}', "[" * 99 + "]" * 99
-    for text, message in ((twice, "the name 'r' twice"), (deep, "nested"), ("[]", "no JSON object")):
+    other = f"its {METADATA}: expected a JSON object, got list"
+    for text, message in ((twice, "the name 'r' twice"), (deep, "nested"), ("[]", other)):
         path = tmp_path / "a.safetensors"
         write(path, {k: Source.of(v) for k, v in PEFT.items()}, {METADATA: text})
         with pytest.raises(WeightsError, match=message):

@@ -326,6 +326,7 @@ def test_convert_takes_the_weights_of_a_run(capsys, tmp_path):
         (["inspect", "{0}/config.json"], 2, "text, no safetensors file"),
         (["convert", "{0}", "{0}/config.json", "--overwrite"], 2, "it is a file; a folder is to be written"),
         (["convert", "{0}", "{0}", "--overwrite", "--keys=original"], 2, "written to one file, such as"),
+        (["convert", "{0}", "{1}.safetensors", "--keys=original", "--shard-gb=1"], 2, "are written to one file"),
         (["convert", "{0}", "{1}.safetensors", "--keys=original"], 2, "a DiTTransformer2DModel has no other names"),
         (["convert", "{0}", "{1}", "--network={0}/config.json"], 2, "is of a component of an original checkpoint"),
         (["inspect", "{0}", "--mesh=fsd=2"], 2, "unknown mesh axis 'fsd'; known: data, fsdp, tensor, sequence"),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from diffjax.convert.weights.adapters.lora_names import COMPONENTS, group
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.tensors import read_header
-from diffjax.convert.weights.tensors.strict import parse, read_json, shown
+from diffjax.convert.weights.tensors.strict import parse_object, read_json, shown
 
 METADATA = "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -56,17 +56,11 @@ def opened(path: Path) -> tuple[Path, dict[str, Any]]:
         if not here:
             raise WeightsError(f"{path}: no adapter; looked for {' and '.join(FILES)}")
         path = here[0]
-    settings: Any = {}
     if path.name == FILES[1] and (path.parent / "adapter_config.json").is_file():
-        settings = read_json(path.parent / "adapter_config.json")
-    elif path.suffix == ".safetensors" and (text := read_header(path)[1].get(METADATA)) is not None:
-        try:
-            settings = parse(text.encode())
-        except ValueError as error:
-            raise WeightsError(f"{path}: its {METADATA} is no JSON: {str(error)[:200]}") from None
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{path}: its {METADATA} is no JSON object")
-    return path, settings
+        return path, read_json(path.parent / "adapter_config.json")
+    if path.suffix == ".safetensors" and (text := read_header(path)[1].get(METADATA)) is not None:
+        return path, parse_object(text.encode(), f"{path}: its {METADATA}")
+    return path, {}
 
 
 def config_of(file: Path, settings: Mapping[str, Any], component: str | None) -> Config:

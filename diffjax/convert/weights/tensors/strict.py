@@ -84,10 +84,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file; raises `WeightsError` for anything else."""
     if path.stat().st_size > LONGEST_JSON:
         raise WeightsError(f"{path}: {path.stat().st_size} bytes are too many for a file of settings")
+    return parse_object(path.read_bytes(), str(path))
+
+
+def parse_object(text: bytes, where: str) -> dict[str, Any]:
+    """A JSON object; raises `WeightsError`, which begins with `where`, for anything else."""
     try:
-        value = parse(path.read_bytes())
+        value = parse(text)
     except ValueError as error:
-        raise WeightsError(f"{path}: no JSON: {str(error)[:200]}") from None
+        raise WeightsError(f"{where}: no JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
-        raise WeightsError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise WeightsError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
