@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from drawn import stable_diffusion
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# These take 7 to 9 s each to compile, and other tests run what they show.
-LONG = ("fit.md", "guidance.md", "likelihood.md", "optim.md")
+# These take 7 s or more each, and other tests run what they show.
+LONG = ("fit.md", "guidance.md", "likelihood.md", "optim.md", "pipelines.md")
 EXAMPLES = [
     pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else ())
     for page in PAGES
@@ -21,6 +22,8 @@ EXAMPLES = [
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    if page.name == "pipelines.md":  # whose example draws with the checkpoint in `sd`
+        stable_diffusion(tmp_path / "sd")
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
         if name := re.match(r"# (\S+\.py)\n", block):  # a block that starts with a file's name is that file
@@ -59,6 +62,16 @@ def test_the_table_of_memory_is_what_was_measured():
     for row in found:
         column = ("none", "dots", "full").index(row["remat"])
         assert float(told[row["network"], row["attention"]][column]) == round(row["temp_gib"], 2), row
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    results = [ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("networks", "networks_jax_0_10")]
+    found = [list(json.loads(path.read_text())["networks"].values()) for path in results]
+    page = (ROOT / "docs" / "networks.md").read_text().partition("## Speed beside PyTorch")[2]
+    told = [[float(cell) for cell in re.findall(r"(?<=\| )\d\.\d\d(?= \|)", line)] for line in page.splitlines()]
+    both = zip(*found, strict=True)
+    measured = [[round(row[what]["ratio"], 2) for row in pair for what in ("forward", "both")] for pair in both]
+    assert [row for row in told if row] == measured
 
 
 def test_published_checkpoints_are_counted_alike():

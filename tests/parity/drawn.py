@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import networks
 import numpy as np
 
 from diffjax.convert.weights.places.layout import layout
+from diffjax.convert.weights.tensors import Source, write
 from diffjax.models import NETWORKS, from_config
 from diffjax.nn.functional import names_of
 
@@ -79,6 +81,18 @@ def params_of(model):
 def _leaf(place):
     pieces = [networks.weight(key, place.shape).transpose(place.axes) for key in place.keys]
     return np.stack(pieces) if place.stacked else pieces[0]
+
+
+def stable_diffusion(folder: Path) -> Path:
+    """The recorded Stable Diffusion pipeline as a checkpoint in `folder`, with its weights and its tokenizer."""
+    shutil.copytree(GOLDEN.parent / "pipelines" / "sd-0", folder)
+    shutil.copytree(GOLDEN.parent / "tokenizers" / "clip", folder / "tokenizer", dirs_exist_ok=True)
+    for path in folder.glob("*/config.json"):
+        shapes = shapes_of(from_config(json.loads(path.read_text())))
+        drawn = {key: (key, place.shape) for place in layout(names_of(shapes)).values() for key in place.keys}
+        sources = {key: Source.of(networks.weight(*given)) for key, given in drawn.items()}
+        write(path.parent / "model.safetensors", sources, {})
+    return folder
 
 
 def total_of(case: Small, **how):

@@ -6,24 +6,19 @@ Each is put together from parts, as a user would: `convert.load` for each networ
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import networks
 import numpy as np
 import pytest
+from drawn import stable_diffusion
 
 import diffjax as dj
 from diffjax.convert import load, scheduler, start_scale
-from diffjax.convert.weights.places.layout import layout
-from diffjax.convert.weights.tensors import Source, write
 from diffjax.data.tokenizers import load_tokenizer
-from diffjax.models import from_config
 from diffjax.models.autoencoders import from_latents, posterior, to_latents
 from diffjax.models.transformers import flux
-from diffjax.nn.functional import names_of
 from diffjax.pipelines import prompts
 from diffjax.pipelines.prompts import TextEncoder
 
@@ -196,13 +191,4 @@ def test_live_pipelines(folder):
 
 
 def test_stable_diffusion_draws_the_same_images(tmp_path):
-    folder = shutil.copytree(PARITY / "golden" / "pipelines" / "sd-0", tmp_path / "sd-0")
-    shutil.copytree(PARITY / "golden" / "tokenizers" / "clip", folder / "tokenizer", dirs_exist_ok=True)
-    for path in folder.glob("*/config.json"):
-        model = from_config(json.loads(path.read_text()))
-        shapes = names_of(jax.eval_shape(model.init, jax.random.key(0)))
-        drawn = {key: (key, place.shape) for place in layout(shapes).values() for key in place.keys}
-        arrays = {key: networks.weight(*given) for key, given in drawn.items()}
-        sources = {key: Source.of(a) for key, a in arrays.items()}
-        write(path.parent / "model.safetensors", sources, {})
-    check(folder)
+    check(stable_diffusion(tmp_path / "sd-0"))
