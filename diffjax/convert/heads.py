@@ -124,7 +124,7 @@ def network(
     keep_eps: bool = False,
     scale_in: Callable[[Level], Array] = _unit,
     needs_eps: bool = True,
-    clipped: bool = False,
+    finite: bool = False,
     through: str | None = None,
 ) -> Head:
     """The head of a `prediction_type`.
@@ -135,7 +135,7 @@ def network(
       keep_eps: leaves eps as the network gave it where x0 is changed; else eps is what adds up to x.
       scale_in: factor of x at the network's input.
       needs_eps: whether the scheduler uses eps, and grids with sigma = 0 are refused where it cannot be had.
-      clipped: whether `change` makes even an infinite x0 finite, so that alpha = 0 is no obstacle.
+      finite: whether alpha = 0 is no obstacle: `change` makes even an infinite x0 finite, or no step begins there.
       through: "x0" or "eps", the half that the other is computed from whatever the network returns. On flow grids a
         v-prediction's own halves do not add up to x.
     """
@@ -151,7 +151,7 @@ def network(
         x0 = x0 if change is None else change(x0)
         return Prediction(x0, eps if keep_eps else (x - a * x0) / (s / a if kind == "flow_on_vp" else s))
 
-    checks = {"epsilon": _anywhere if clipped else EPS.check, "sample": _needs_noise if needs_eps else _anywhere}
+    checks = {"epsilon": _anywhere if finite else EPS.check, "sample": _needs_noise if needs_eps else _anywhere}
     return Head(
         lambda x0, eps, level: target(x0, eps, expand(level.alpha, x0), expand(level.sigma, x0)),
         split,

@@ -77,7 +77,7 @@ def ddpm(c: SimpleNamespace, n: int, o: SimpleNamespace):
     return (
         solver,
         vp_level(steps, a, 1.0),
-        network(c.prediction_type, change=limit(c), clipped=clips(c), needs_eps=False),
+        network(c.prediction_type, change=limit(c), finite=clips(c), needs_eps=False),
     )
 
 
@@ -101,7 +101,7 @@ def unclip(c: SimpleNamespace, n: int, o: SimpleNamespace):
     return (
         solver,
         vp_level(steps, a, 1.0),
-        network(c.prediction_type, change=limit(c), clipped=clips(c), needs_eps=False),
+        network(c.prediction_type, change=limit(c), finite=clips(c), needs_eps=False),
     )
 
 
@@ -118,7 +118,7 @@ def ddim(c: SimpleNamespace, n: int, o: SimpleNamespace):
     rows = {"x0": np.sqrt(ap), "eps": np.sqrt(1 - ap - std**2)}
     if o.eta > 0:
         rows["draw"] = std
-    head = network(c.prediction_type, change=limit(c), clipped=clips(c), keep_eps=not o.use_clipped_model_output)
+    head = network(c.prediction_type, change=limit(c), finite=clips(c), keep_eps=not o.use_clipped_model_output)
     return linear(rows, order=1), vp_level(steps, a, ap[-1]), head
 
 
@@ -134,7 +134,8 @@ def ddim_inverse(c: SimpleNamespace, n: int, o: SimpleNamespace):
     start = np.minimum(steps - c.num_train_timesteps // n, c.num_train_timesteps - 1)
     a, ap = _lookup(bar, start, 1.0 if c.set_alpha_to_one else bar[0]), bar[steps]
     rows = {"x0": np.sqrt(ap), "eps": np.sqrt(1 - ap)}
-    head = network(c.prediction_type, change=limit(c), clipped=clips(c), keep_eps=True)
+    # Only the last level may have alpha = 0, and no step begins there.
+    head = network(c.prediction_type, change=limit(c), finite=True, keep_eps=True)
     return linear(rows, order=1), vp_level(steps, a, ap[-1]), head
 
 
@@ -171,7 +172,7 @@ def lcm(c: SimpleNamespace, n: int, o: SimpleNamespace):
     scaled = steps.astype(F) * F(c.timestep_scaling)
     c_skip, c_out = F(0.25) / (scaled**2 + F(0.25)), scaled / np.sqrt(scaled**2 + F(0.25))
     rows = {"x0": np.sqrt(ap) * c_out, "x": np.sqrt(ap) * c_skip, "draw": np.append(np.sqrt(1 - a[1:]), F(0))}
-    head = network(c.prediction_type, change=limit(c), clipped=clips(c), needs_eps=False)
+    head = network(c.prediction_type, change=limit(c), finite=clips(c), needs_eps=False)
     return (
         linear(rows if n > 1 else {k: v for k, v in rows.items() if k != "draw"}, order=1),
         vp_level(steps, a, 1.0),

@@ -43,6 +43,12 @@ _FIXED = [
         {},
     ),
     ("DDIMInverse", 5, {"steps_offset": 1, "clip_sample_range": 2.0}, {}),
+    (
+        "DDIMInverse",
+        5,
+        {"timestep_spacing": "trailing", "clip_sample": False, "rescale_betas_zero_snr": True},
+        {},
+    ),
     ("EulerDiscrete", 10, {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1}, {}),
     (
         "EulerDiscrete",

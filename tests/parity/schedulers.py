@@ -10,8 +10,10 @@ the time steps, the start, every state and every noise draw in order. Needs torc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -62,21 +64,40 @@ def _record(module, log, rng):
         module.BrownianTreeNoiseSampler = Brownian
 
 
-def _scheduler(config: dict, n: int, options: dict):
+@contextlib.contextmanager
+def _doubles():
+    """Where torch is asked for float32, or is given an array of numpy's, it takes float64."""
+    import torch
+
+    wide = lambda a, take=torch.from_numpy: take(a.astype(np.float64) if a.dtype == np.float32 else a)
+    with mock.patch.multiple(torch, float32=torch.float64, from_numpy=wide):
+        yield
+
+
+def _scheduler(config: dict, n: int, options: dict, jitter: int | None, wide: bool):
     """diffusers' scheduler with its time steps set, the options that are left for `step`, and its noise log."""
     import inspect
     import sys
 
     import diffusers
+    import torch
 
     cls = getattr(diffusers, config["_class_name"])
     scheduler = cls(**{k: v for k, v in config.items() if k != "_class_name"})
+    if config.get("rescale_betas_zero_snr") and jitter is not None:
+        # The table went through torch's square root, whose last bit differs from machine to machine.
+        bar = scheduler.alphas_cumprod
+        side = torch.from_numpy(np.random.default_rng(jitter).integers(2, size=bar.shape))
+        scheduler.alphas_cumprod = torch.where(bar > 2**-24, torch.nextafter(bar, side.to(bar.dtype)), bar)
     log: list[np.ndarray] = []
     _record(sys.modules[cls.__module__], log, np.random.default_rng(5))
     setting = {k: v for k, v in options.items() if k in inspect.signature(cls.set_timesteps).parameters}
     stepping = {k: v for k, v in options.items() if k not in setting}
     own = "timesteps" in setting or "sigmas" in setting
-    scheduler.set_timesteps(**setting) if own else scheduler.set_timesteps(n, **setting)
+    with _doubles() if wide else contextlib.nullcontext():
+        scheduler.set_timesteps(**setting) if own else scheduler.set_timesteps(n, **setting)
+    if wide and isinstance(getattr(scheduler, "sigmas", None), torch.Tensor):
+        scheduler.sigmas = scheduler.sigmas.double()
     return scheduler, stepping, log
 
 
@@ -90,12 +111,13 @@ def _grouped(log: list[np.ndarray], bounds: list[int]) -> np.ndarray:
     return noise
 
 
-def run(config: dict, n: int, options: dict, *, jitter: int | None = None) -> dict:
-    """Arrays of one run; `jitter` seeds relative errors of 6e-8 in the start and in the network's output."""
+def run(config: dict, n: int, options: dict, *, jitter: int | None = None, wide: bool = False) -> dict:
+    """Arrays of one run; `jitter` seeds relative errors of 6e-8 in the start and in the network's output, and `wide`
+    computes what follows from the levels in float64, with the same draws."""
     import torch
 
     kind = config["_class_name"]
-    scheduler, stepping, log = _scheduler(config, n, options)
+    scheduler, stepping, log = _scheduler(config, n, options, jitter, wide)
     shake = np.random.default_rng(jitter)
     off = lambda x: x * (1 + 6e-8 * torch.from_numpy(shake.normal(size=x.shape))).float() if jitter is not None else x
     x = torch.from_numpy(np.random.default_rng(3).normal(size=SHAPE).astype(np.float32))
@@ -104,6 +126,7 @@ def run(config: dict, n: int, options: dict, *, jitter: int | None = None) -> di
     out = {"x": x.numpy(), "timesteps": steps.numpy().astype(np.float64)}
     if isinstance(getattr(scheduler, "sigmas", None), torch.Tensor):
         out["sigmas"] = scheduler.sigmas.numpy()
+    x = x.double() if wide else x
     states, counts = [], []
     for i, t in enumerate(steps):
         x_in = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -122,7 +145,7 @@ def run(config: dict, n: int, options: dict, *, jitter: int | None = None) -> di
 
 def spread(config: dict, n: int, options: dict, states: np.ndarray) -> np.ndarray:
     """What rounding alone changes in the states, relative to their rms [n]: the scheduler's own precision."""
-    other = [run(config, n, options, jitter=seed)["states"] for seed in (1, 2)]
+    other = [run(config, n, options, **how)["states"] for how in ({"jitter": 1}, {"jitter": 2}, {"wide": True})]
     rms = lambda a: np.sqrt(np.mean(a.astype(np.float64) ** 2, axis=tuple(range(1, a.ndim))))
     return np.max([rms(o - states) for o in other], axis=0) / rms(states)
 
