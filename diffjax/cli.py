@@ -84,7 +84,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str,
     """The flags of a command, and its `--config.key=value` overrides as `{key: value text}`.
 
     Raises:
-      UsageError: for an unknown flag (with the nearest), or a value of the wrong type.
+      UsageError: for an unknown flag (with the nearest), a value of the wrong type, or a key of a config for a command
+        that takes none.
     """
     command = COMMANDS[name]
     parser = argparse.ArgumentParser(
@@ -97,8 +98,13 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str,
     )
     for flag, settings in command.flags:
         parser.add_argument(flag, **settings)
-    overrides, rest = _overrides(argv) if command.flags else ({}, list(argv))
-    if command.flags:
+    flags = [flag for flag, _ in command.flags]
+    overrides, rest = _overrides(argv)
+    configured = "--config" in flags or "--workdir" in flags
+    if overrides and not configured:
+        key, known = next(iter(overrides)), ", ".join(flags) or "none"
+        raise UsageError(f"--config.{key}: {name} takes no config; flags: {known}")
+    if configured:
         shown = "sets one key of the config, such as --config.optim.lr=1e-3"
         parser.add_argument("--config.KEY", dest="ignored", metavar="VALUE", help=shown)
     try:
@@ -106,7 +112,6 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str,
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}; see diffjax {name} --help") from None
     if unknown:
-        flags = [flag for flag, _ in command.flags]
         given = unknown[0].partition("=")[0]
         hint = _setting(given) if "--config" in flags else ""
         twin = {"--workdir": "--out", "--out": "--workdir"}.get(given)

@@ -39,6 +39,8 @@ def test_help_lists_every_command_and_flag_with_examples(capsys):
         code, text, _ = run(capsys, name, "--help")
         assert code == 0 and "examples:" in text and f"diffjax {name}" in text
         assert all(flag in text for flag, _ in command.flags)
+        # Flags that a command refuses are not among its own.
+        assert ("--config.KEY" in text) == (name not in ("latents", "convert", "doctor"))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,9 @@ def test_help_lists_every_command_and_flag_with_examples(capsys):
         (["train", *TINY, "--workdir=x", "--config.num_steps"], ["--config.KEY=VALUE"]),
         (["train", *TINY, "--workdir=x", "--config.num_steps=-1"], ["config.num_steps is -1", "at least 1"]),
         (["train", *TINY, "--workdir=x", "--config.optim.lr=fast"], ["config.optim.lr is 'fast'", "a float"]),
+        (["latents", "--config.data=a"], ["--config.data: latents takes no config; flags: --data, --encode"]),
+        (["convert", "a", "b", "--config.seed=1"], ["--config.seed: convert takes no config; flags: SOURCE, TARGET"]),
+        (["doctor", "--config.seed=1"], ["--config.seed: doctor takes no config"]),
         (["sample", "--workdir=x", "--steps=many"], ["--steps", "invalid int value: 'many'"]),
         (["sample", "--workdir=x", "--step=last"], ["--step", "invalid integer or 'best' value: 'last'"]),
         (["eval", "--workdir=x", "--join_timeout=9"], ["unknown argument '--join_timeout'"]),
