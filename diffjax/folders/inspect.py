@@ -13,6 +13,7 @@ import numpy as np
 
 from diffjax.convert.weights.adapters.lora import lora_file, lora_ranks
 from diffjax.convert.weights.errors import printable, some
+from diffjax.convert.weights.folders.find import find
 from diffjax.convert.weights.folders.survey import PIPELINE, Survey, components, survey, unusual
 from diffjax.convert.weights.originals import Contents, original_components, survey_original
 from diffjax.convert.weights.places.layout import type_of
@@ -79,8 +80,9 @@ def _lora(file: Path, settings):
     """The ranks of an adapter by the parts of the pipeline that it changes."""
     if settings["mesh"]:
         raise ValueError(f"{file}: --mesh is of networks; this is a LoRA")
-    text, sound = _one(survey(file)._replace(report=None), **settings)
     ranks = lora_ranks(file)
+    alone = Survey(file, "LoRA", find(file), None, {}, {}, None)
+    text, sound = _one(alone, **settings, verdict="not compared: load_lora does it, with their network")
     told = [f"{part or 'a part that it does not tell'}, rank {' '.join(map(str, of))}" for part, of in ranks.items()]
     return f"LoRA for {'; '.join(told)}\n{text}", sound
 
@@ -141,7 +143,7 @@ def _values(tensors) -> tuple[str, bool]:
     return f"\nNaN or infinite: {told or 'nothing'}\n", not bad
 
 
-def _one(found: Survey, *, dtype, mesh, sharding, values):
+def _one(found: Survey, *, dtype, mesh, sharding, values, verdict=None):
     entries = _entries(found, dtype)
     by_type = Counter()
     for entry in entries:
@@ -153,7 +155,7 @@ def _one(found: Survey, *, dtype, mesh, sharding, values):
         ("files", some(files, 3) or "no weights"),
         ("parameters", f"{sum(entry.count for entry in entries):,}"),
         ("bytes", f"{size_text(_total(entries))}: {types}" if types else "none"),
-        ("weights", _verdict(found)),
+        ("weights", verdict or _verdict(found)),
     ]
     text = _table([(str(found.path), ""), *rows]) + "\n\n"
     largest = sorted(entries, key=lambda entry: -entry.nbytes)[:LARGEST]

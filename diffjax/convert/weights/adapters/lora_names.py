@@ -133,8 +133,14 @@ def _authors(targets: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[
 
 
 def fits(key: str) -> bool:
-    """Whether a tensor of this name is part of a LoRA."""
-    return any(regex.fullmatch(key) for regex in FORMS)
+    """Whether a tensor of this name is a factor of a LoRA, or of an adapter that is refused by name; networks have
+    parameters that are called alpha as well."""
+    match = _match(key)
+    return match["slot"] != "alpha" if match else any(re.search(regex, key) for regex, _ in NOT_LORA)
+
+
+def _match(key: str) -> re.Match | None:
+    return next((match for regex in FORMS if (match := regex.fullmatch(key))), None)
 
 
 def taken_apart(file: Path, key: str, spelled: Mapping[str, Any]) -> Named:
@@ -142,7 +148,7 @@ def taken_apart(file: Path, key: str, spelled: Mapping[str, Any]) -> Named:
     for regex, what in NOT_LORA:
         if re.search(regex, key):
             raise WeightsError(f"{file}: {shown(key)} is {what}, which is not supported; supported: LoRA")
-    match = next((match for regex in FORMS if (match := regex.fullmatch(key))), None)
+    match = _match(key)
     if match is None:
         return Named(key, None, (), "", False)
     module = match["module"].removeprefix(PEFT)
