@@ -295,6 +295,15 @@ def test_native_networks(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
 
+def test_a_config_counts_whatever_the_file_is_called(model, tmp_path):
+    path = written(tmp_path / "a.sft", pair("proj_out_1"), {"lora_alpha": 8})
+    assert load_lora(path, model).layers == (("proj_out_1/kernel", ((2, 8.0),)),)
+    for name, error in (("gone.safetensors", FileNotFoundError), ("a.bin", WeightsError)):
+        (tmp_path / "a.bin").write_bytes(b"pickle")
+        with pytest.raises(error, match="no such folder or file|a pickle, which runs code"):
+            load_lora(tmp_path / name, model)
+
+
 WRONG = [
     (pair("proj_out_1") | pair("proj_out_9"), None, "2 tensors are of no module of this network: proj_out_9.lora_A"),
     (pair("proj_out_1") | {"x.bias": np.zeros(2)}, None, "1 tensors are of no module of this network: x.bias"),

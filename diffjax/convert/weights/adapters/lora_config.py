@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from diffjax.convert.weights.adapters.lora_names import COMPONENTS, group
 from diffjax.convert.weights.errors import WeightsError
+from diffjax.convert.weights.folders.find import PICKLES
 from diffjax.convert.weights.tensors import read_header
 from diffjax.convert.weights.tensors.strict import parse_object, read_json, shown
 
@@ -58,7 +59,8 @@ def opened(path: Path) -> tuple[Path, dict[str, Any]]:
         path = here[0]
     if path.name == FILES[1] and (path.parent / "adapter_config.json").is_file():
         return path, read_json(path.parent / "adapter_config.json")
-    if path.suffix == ".safetensors" and (text := read_header(path)[1].get(METADATA)) is not None:
+    readable = path.is_file() and not path.name.endswith(PICKLES)  # `find` tells what else there is
+    if readable and (text := read_header(path)[1].get(METADATA)) is not None:
         return path, parse_object(text.encode(), f"{path}: its {METADATA}")
     return path, {}
 
