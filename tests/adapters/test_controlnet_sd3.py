@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks.unet_chain import drawn
+from drawn import params_of
 
 from diffjax.models import from_config
 
@@ -29,7 +29,7 @@ def test_residuals_of_zero_leave_every_bit():
     net = from_config(dict(SHARED, _class_name="SD3ControlNetModel", num_layers=1), scan=False)
     # One operation after the other: within one program XLA may round the last bit of a fused sum another way.
     denoiser = from_config(dict(DENOISER.config, num_layers=2), scan=False)
-    params, learnt = drawn(denoiser), drawn(net)
+    params, learnt = params_of(denoiser), params_of(net)
     # Its last layers as they are made; the others have no part in what it says then.
     made = {name: learnt[name] for name in learnt if name != "controlnet_blocks"}
     made |= jax.jit(lambda key: {"controlnet_blocks": net.init(key)["controlnet_blocks"]})(jax.random.key(6))
@@ -53,7 +53,7 @@ def test_a_fresh_one_learns():
 
 def test_the_text_has_no_order():
     # Joint attention without positions of the text is a sum over its tokens.
-    params = drawn(DENOISER)
+    params = params_of(DENOISER)
     run = jax.jit(lambda context: DENOISER.apply(params, X, T, context, POOLED))
     out = run(CONTEXT)
     # Other orders of the same sums.

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import params_of
 from networks import clip, flux, mmdit, unet_cond
-from networks.unet_chain import HINT, SHARED, XL, drawn
+from networks.unet_chain import HINT, SHARED, XL
 
 from diffjax.adapters import controlnet, ip_adapter, lora, textual_inversion
 from diffjax.models import MODELS, from_config
@@ -63,7 +64,7 @@ def unet():
     """The network with room for a picture, its parameters, and how it denoises."""
     net = ip_adapter.with_pictures(CONFIG, 1, scan=False)
     plain = from_config({"_class_name": "UNet2DConditionModel", **CONFIG}, scan=False)
-    params = drawn(plain)
+    params = params_of(plain)
     normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
     x, t, context = normal(0, 2, 4, 4, 4), jnp.array([3, 700]), normal(1, 2, 5, 12)
     adapter = ip_adapter.init(jax.random.key(2), params, 6)
@@ -87,7 +88,7 @@ def test_controlnet_at_first_and_at_scale_zero(unet):
     x, t, context = unet["given"]
     picture = jax.random.normal(jax.random.key(3), (2, 8, 8, 3))
     say = lambda params, scale: net.apply(params, x, t, context, picture, scale=scale)
-    learnt = drawn(net)
+    learnt = params_of(net)
     for said in (say(made(net, learnt, "controlnet_"), 1.0), say(learnt, 0.0)):
         assert not any(a.any() for a in jax.tree.leaves(said))
     np.testing.assert_array_equal(unet["denoise"](residuals=said.down, mid_residual=said.mid), unet["alone"])
@@ -113,7 +114,7 @@ def test_controlnet_of_sdxl_in_one_program():
         said = steering.apply(learnt, x, t, context, picture, scale=scale, **given)
         return net.apply(params, x, t, context, residuals=said.down, mid_residual=said.mid, **given)
 
-    params, learnt = drawn(net), drawn(steering)
+    params, learnt = params_of(net), params_of(steering)
     alone = np.asarray(jax.jit(lambda params: net.apply(params, x, t, context, **given))(params))
     # Some hundred roundings lie between an added zero and the output.
     bound = 32 * np.spacing(np.abs(alone).max())
@@ -137,7 +138,7 @@ def test_a_fresh_controlnet_learns():
 
 def test_t2i_adapter_at_scale_zero(unet):
     net = from_config({"_class_name": "T2IAdapter", "channels": (8,), "num_res_blocks": 1})
-    params, picture = drawn(net), jax.random.normal(jax.random.key(4), (2, 32, 32, 3))
+    params, picture = params_of(net), jax.random.normal(jax.random.key(4), (2, 32, 32, 3))
     features = lambda scale: net.apply(params, picture, scale=scale)
     np.testing.assert_array_equal(unet["denoise"](adapter=features(0.0)), unet["alone"])
     assert np.abs(unet["denoise"](adapter=features(1.0)) - unet["alone"]).max() > 0.01
@@ -156,7 +157,7 @@ def test_textual_inversion_without_the_word():
     case = CASES["clip-text"]
     config = {"architectures": ["CLIPTextModel"], **case.config}
     encoder, larger = from_config(config), from_config(textual_inversion.extended(config, 2))
-    params, ids = drawn(encoder), jnp.array(case.inputs["ids"][1])
+    params, ids = params_of(encoder), jnp.array(case.inputs["ids"][1])
     rows = textual_inversion.init(params, "<cat>", like=5, count=2)
     more, found = textual_inversion.add(params, rows)
     encode = lambda net, params, ids: jax.jit(net.apply)(params, ids)

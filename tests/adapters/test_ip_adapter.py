@@ -11,8 +11,8 @@ import networks
 import numpy as np
 import pytest
 from compare import close_gradient
+from drawn import params_of
 from networks import unet_cond
-from networks.unet_chain import drawn
 
 from diffjax.adapters import ip_adapter
 from diffjax.convert import WeightsError, load_ip_adapter, save_ip_adapter
@@ -41,7 +41,7 @@ class Run:
         self.run = dict(np.load(path))
         facts = json.loads(str(self.run["facts"]))
         self.model, name = from_config(facts["config"]), path.stem.removeprefix("ip_adapter_")
-        self.params, self.tensors, self.files = drawn(self.model), [], []
+        self.params, self.tensors, self.files = params_of(self.model), [], []
         for i, shapes in enumerate(facts["adapters"]):
             self.tensors.append({k: networks.weight(f"{name}/{i}/{k}", tuple(s)) for k, s in shapes.items()})
             self.files.append(written(folder / f"{i}.safetensors", self.tensors[-1]))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import networks
 import numpy as np
 import pytest
 from compare import close_gradient
+from drawn import params_of
 from networks.dit import CASES
 
 from diffjax.adapters import lora
@@ -18,7 +18,6 @@ from diffjax.convert import WeightsError
 from diffjax.convert.weights.adapters.lora import load_lora, lora_components, save_lora
 from diffjax.convert.weights.adapters.lora_config import METADATA, config_of
 from diffjax.convert.weights.adapters.lora_names import Meaning, spellings, targets_of
-from diffjax.convert.weights.places.layout import layout
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.models import MODELS, dit, from_config
 from diffjax.nn.functional import names_of
@@ -41,12 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    leaves = []
-    for place in layout(names_of(shapes)).values():
-        parts = [networks.weight(key, place.shape).transpose(place.axes) for key in place.keys]
-        leaves.append(jnp.asarray(np.stack(parts) if place.stacked else parts[0]))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return params_of(model)
 
 
 @pytest.fixture(scope="module")

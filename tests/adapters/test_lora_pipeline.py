@@ -7,8 +7,8 @@ import jax
 import networks
 import numpy as np
 import pytest
+from drawn import params_of
 from networks import clip, unet_cond
-from networks.unet_chain import drawn
 
 from diffjax.adapters import lora
 from diffjax.convert import load_lora, lora_components
@@ -30,7 +30,7 @@ def written(path, form):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_files_of_a_pipeline_are_those_of_diffusers(name, tmp_path):
     model = from_config(FACTS["configs"][name])
-    params = drawn(model)
+    params = params_of(model)
     given = {k.rpartition("/")[2]: v for k, v in RUN.items() if k.startswith(f"{name}/in/")}
 
     @jax.jit

@@ -32,7 +32,7 @@ RELATIVE, FLOOR = 1e-4, 1e-6
 def measure(kind):
     case = drawn.small(kind)
     model = from_config(case.config)
-    params, _ = drawn.params_of(model)
+    params = drawn.params_of(model)
     both = jax.value_and_grad(drawn.total_of(case), has_aux=True)
     (_, out), grads = jax.jit(both)(params, case.inputs)
     mesh = make_mesh(parse_mesh(MESH))

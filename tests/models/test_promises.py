@@ -42,7 +42,7 @@ def traced(kind, **how):
 def run(kind, **how):
     """`(outputs, gradients)` by name."""
     case = drawn.small(kind)
-    params, _ = drawn.params_of(from_config(case.config))
+    params = drawn.params_of(from_config(case.config))
     (_, out), grads = jax.jit(jax.value_and_grad(drawn.total_of(case, **how), has_aux=True))(params, case.inputs)
     named = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(grads)}
     return {k: np.asarray(a) for k, a in out.items()}, {k: np.asarray(a) for k, a in named.items()}
@@ -180,7 +180,7 @@ def test_activations_have_names(kind):
 def test_a_changed_activation_changes_the_output(kind):
     case = drawn.small(kind)
     model = from_config(case.config)
-    params, _ = drawn.params_of(model)
+    params = drawn.params_of(model)
     apply = lambda params: case.ours(model, params, case.inputs)
     plain = jax.jit(apply)(params)
     with tapped(lambda name, x: 2 * x):

@@ -69,17 +69,20 @@ def shapes_of(model):
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def params_of(model):
-    """Parameters drawn from their names in the checkpoint, and the shapes of its tensors."""
+def params_of(model, prefix=""):
+    """Parameters drawn from their names in the checkpoint, behind the prefix; numpy arrays."""
     shapes = shapes_of(model)
-    places = layout(names_of(shapes))
-    leaves = [_leaf(place) for place in places.values()]
-    held = {key: list(place.shape) for place in places.values() for key in place.keys}
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves), held
+    leaves = [_leaf(place, prefix) for place in layout(names_of(shapes)).values()]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-def _leaf(place):
-    pieces = [networks.weight(key, place.shape).transpose(place.axes) for key in place.keys]
+def tensors_of(params):
+    """The shapes of a checkpoint's tensors by name, of parameters or their shapes."""
+    return {key: list(place.shape) for place in layout(names_of(params)).values() for key in place.keys}
+
+
+def _leaf(place, prefix):
+    pieces = [networks.weight(prefix + key, place.shape).transpose(place.axes) for key in place.keys]
     return np.stack(pieces) if place.stacked else pieces[0]
 
 
@@ -88,9 +91,8 @@ def stable_diffusion(folder: Path) -> Path:
     shutil.copytree(GOLDEN.parent / "pipelines" / "sd-0", folder)
     shutil.copytree(GOLDEN.parent / "tokenizers" / "clip", folder / "tokenizer", dirs_exist_ok=True)
     for path in folder.glob("*/config.json"):
-        shapes = shapes_of(from_config(json.loads(path.read_text())))
-        drawn = {key: (key, place.shape) for place in layout(names_of(shapes)).values() for key in place.keys}
-        sources = {key: Source.of(networks.weight(*given)) for key, given in drawn.items()}
+        shapes = tensors_of(shapes_of(from_config(json.loads(path.read_text()))))
+        sources = {key: Source.of(networks.weight(key, tuple(shape))) for key, shape in shapes.items()}
         write(path.parent / "model.safetensors", sources, {})
     return folder
 

@@ -72,16 +72,9 @@ def theirs(module, given):
 
 
 def ours(model, params, given):
-    import jax
-    import jax.numpy as jnp
+    from drawn import params_of
 
-    from diffjax.convert.weights.places.layout import layout
     from diffjax.models import from_config
-    from diffjax.nn.functional import names_of
-
-    def drawn(place):
-        parts = [networks.weight(key, place.shape).transpose(place.axes) for key in place.keys]
-        return np.stack(parts) if place.stacked else parts[0]
 
     given = dict(given)
     own = {name: given.pop(name) for name in ("cond", "mode", "scale") if name in given}
@@ -91,10 +84,7 @@ def ours(model, params, given):
     found = {name: a for name, a in found.items() if a is not None}
     dtype = next(iter(found.values())).dtype.name if found else "float32"
     transformer = from_config(_steered(model.config) | {"_class_name": flux.KIND}, dtype=dtype)
-    shapes = jax.eval_shape(transformer.init, jax.random.key(0))
-    leaves = [jnp.asarray(drawn(place)) for place in layout(names_of(shapes)).values()]
-    weights = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    return found | {"out": transformer.apply(weights, *first, **given, **found)}
+    return found | {"out": transformer.apply(params_of(transformer), *first, **given, **found)}
 
 
 def random_case(rng):

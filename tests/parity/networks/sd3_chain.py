@@ -39,22 +39,13 @@ def theirs(module, given):
 
 
 def ours(model, params, given):
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+    from drawn import params_of
 
-    from diffjax.convert.weights.places.layout import layout
     from diffjax.models import from_config
-    from diffjax.nn.functional import names_of
 
     net = from_config({"_class_name": "SD3ControlNetModel", **_controlnet(model.config)})
-    shapes = jax.eval_shape(net.init, jax.random.key(0))
-    leaves = []
-    for place in layout(names_of(shapes)).values():
-        parts = [weight(f"control.{key}", place.shape).transpose(place.axes) for key in place.keys]
-        leaves.append(jnp.asarray(np.stack(parts) if place.stacked else parts[0]))
     conditions = [given[name] for name in ("x", "t", "context", "pooled")]
-    residuals = net.apply(jax.tree.unflatten(jax.tree.structure(shapes), leaves), *conditions, given["control"])
+    residuals = net.apply(params_of(net, "control."), *conditions, given["control"])
     return {"out": model.apply(params, *conditions, residuals=residuals)}
 
 

@@ -66,12 +66,14 @@ def theirs(module, given):
 
 
 def ours(model, params, given):
+    from drawn import params_of
+
     from diffjax.models import from_config
 
     given, said = dict(given), {}
     for kind, config in _helpers(model.config, given).items():
         net = from_config({"_class_name": kind, **config})
-        said[kind] = net, drawn(net, f"{kind}.")
+        said[kind] = net, params_of(net, f"{kind}.")
     control, picture = given.pop("control", None), given.pop("picture", None)
     call = {}
     if picture is not None:
@@ -83,23 +85,6 @@ def ours(model, params, given):
         residuals = net.apply(weights, *(given[n] for n in ("x", "t", "context")), control, scale=0.7, **asked)
         call |= dict(residuals=residuals.down, mid_residual=residuals.mid)
     return {"out": model.apply(params, given.pop("x"), given.pop("t"), **given, **call)}
-
-
-def drawn(model, prefix=""):
-    """Parameters drawn from their names in the checkpoint."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from diffjax.convert.weights.places.layout import layout
-    from diffjax.nn.functional import names_of
-
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    leaves = []
-    for place in layout(names_of(shapes)).values():
-        parts = [weight(prefix + key, place.shape).transpose(place.axes) for key in place.keys]
-        leaves.append(jnp.asarray(np.stack(parts) if place.stacked else parts[0]))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def random_case(rng):
