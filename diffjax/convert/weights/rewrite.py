@@ -62,10 +62,11 @@ def rewrite(
             raise ValueError(f"{name}={value!r} is of a component of an original checkpoint: name it, component='vae'")
     if component is not None and variant is not None:
         raise ValueError(f"{source} is one file; variant={variant!r} chooses among those of a folder")
-    held = Path(source).parent if os.path.isfile(source) else source
-    if component is not None and os.path.isdir(target) and os.path.samefile(held, target):
-        # What is written there would take its place, with one of its networks.
-        raise ValueError(f"{target}: the folder of {source} itself; name another one")
+    held = Path(source).parent if os.path.isfile(source) and keys != "original" else source
+    if component is not None and os.path.exists(target) and os.path.samefile(held, target):
+        # What is written there would take the place of all networks of the source, with one of them.
+        itself = "the source" if keys == "original" else f"the folder of {source}"
+        raise ValueError(f"{target}: {itself} itself; name another one")
     if component is None:
         found = survey(source, variant)
     else:

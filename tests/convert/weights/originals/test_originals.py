@@ -246,6 +246,7 @@ def test_a_folder_is_written_and_read(tmp_path, capsys):
         ([str(path), str(tmp_path / "x")], "--component="),
         ([str(path), str(tmp_path / "x"), "--component=vae", "--variant=fp16"], "variant='fp16' chooses among"),
         ([str(path), str(tmp_path), "--component=vae", "--overwrite"], "itself; name another one"),
+        ([str(path), str(path), "--component=vae", "--overwrite", "--keys=original"], "the source itself"),
     ):
         before = path.read_bytes()
         assert cli.main(["convert", *argv]) == 2 and words in capsys.readouterr().err
