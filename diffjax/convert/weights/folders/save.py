@@ -23,6 +23,7 @@ from diffjax.convert.weights.tensors.strict import read_json
 from diffjax.convert.weights.tensors.write import Source, writing
 from diffjax.core.types import Model
 from diffjax.files import replacing, write_text
+from diffjax.models import kind_of
 from diffjax.nn.functional import check_params, names_of
 
 SHARD_BYTES = 10 * 10**9
@@ -49,13 +50,25 @@ def save(
 
     Raises:
       ValueError: for a `dtype` that is not of floating point.
-      WeightsError: for parameters of another network, of a type that safetensors does not have, or spread over devices
-        of other processes.
+      WeightsError: for a network that is of no class of checkpoints; for parameters of another network, of a type that
+        safetensors does not have, or spread over devices of other processes.
       OSError: disk full, folder read-only; what was there is whole.
     """
     check_dtype("dtype", dtype)
+    _check_class(model, folder)
     tensors = tensors_of(model, params, folder, dtype)
     write_folder(folder, model.config, tensors, variant=variant, shard_bytes=shard_bytes)
+
+
+def _check_class(model: Model, folder: str | os.PathLike) -> None:
+    """Raises `WeightsError` for a network such as `diffjax.models.dit`, whose names no checkpoint has."""
+    try:
+        kind_of(model.config)
+    except ValueError as error:
+        raise WeightsError(
+            f"{folder}: {error}; save_official_dit writes a dit of this library, `diffjax convert` the network of a "
+            "run, and save_params of diffjax.train.checkpoint.init_from the parameters of any network"
+        ) from None
 
 
 def tensors_of(model: Model, params: dict, target: str | os.PathLike, dtype: str | None) -> dict[str, Source]:

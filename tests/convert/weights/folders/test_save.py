@@ -63,6 +63,15 @@ def test_several_files_and_one_replace_each_other(network, tmp_path):
     same(load(tmp_path)[1], params)
 
 
+def test_a_network_that_nothing_would_read_is_not_written(tmp_path):
+    from diffjax.models import mlp
+
+    model = mlp(shape=(2, 2, 1), width=4, depth=1)
+    with pytest.raises(WeightsError, match=f"^{tmp_path}: the config names no class: .*save_params .* of any network"):
+        save(model, model.init(jax.random.key(0)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_transformers_and_diffusers_have_their_own_names(network, tmp_path):
     model, params = network
     config = {k: v for k, v in CONFIG.items() if k != "_class_name"} | {"architectures": ["DiTTransformer2DModel"]}
