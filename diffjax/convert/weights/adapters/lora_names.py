@@ -17,7 +17,7 @@ import jax
 
 from diffjax.adapters.lora import layers_of, stacked
 from diffjax.convert.weights.errors import WeightsError, some
-from diffjax.convert.weights.originals.load import MODULES, complete
+from diffjax.convert.weights.originals.load import MODULES
 from diffjax.convert.weights.places.layout import place
 from diffjax.convert.weights.tensors.strict import shown
 from diffjax.core.types import Model
@@ -122,7 +122,7 @@ def spellings(targets: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
 def _authors(targets: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Meaning]]:
     """The names in the code of the network's authors, by which kohya's scripts train SDXL, SD3 and FLUX.1."""
     kind = config.get("_class_name")
-    naming = MODULES[kind].naming(complete(kind, config)) if kind in MODULES else lambda name: None
+    naming = MODULES[kind].naming(config) if kind in MODULES else lambda name: None
     found: dict[str, dict[int, tuple[str, str]]] = collections.defaultdict(dict)
     for module in targets:
         if (cut := naming(f"{module}.weight")) is not None:

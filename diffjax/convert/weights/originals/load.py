@@ -120,20 +120,11 @@ def infer(contents: Contents, component: str, family: str | None = None) -> dict
 def naming_of(part: Part, component: str, config: Mapping[str, Any]) -> Naming | None:
     """The names of a component; None if they are those of transformers."""
     if part.kind in MODULES:
-        naming = MODULES[part.kind].naming(complete(part.kind, config))
+        naming = MODULES[part.kind].naming(config)
         if component != "unet_ema":
             return naming
         return lambda name: (found := naming(name)) and found._replace(name=flat(found.name))
     return text.naming(config) if "positional_embedding" in part.tensors else None
-
-
-def complete(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with what naming takes from it, where it leaves out the defaults."""
-    if kind == "UNet2DConditionModel":
-        defaults = {"up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)}
-    else:
-        defaults = {"block_out_channels": (64,)} if kind == "AutoencoderKL" else {}
-    return {**defaults, **config}
 
 
 def _named(config, kind):

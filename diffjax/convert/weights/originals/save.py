@@ -11,7 +11,7 @@ import numpy as np
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.folders.save import tensors_of
 from diffjax.convert.weights.originals.contents import UNET
-from diffjax.convert.weights.originals.load import MODULES, complete
+from diffjax.convert.weights.originals.load import MODULES
 from diffjax.convert.weights.originals.tables.naming import Slot, arrange
 from diffjax.convert.weights.tensors import Source, write
 from diffjax.convert.weights.tensors.dtypes import check_dtype
@@ -55,8 +55,7 @@ def write_original(
 ) -> None:  # fmt: skip
     """`save_original` of tensors by their names in a folder; raises as it does."""
     kind = kind_of(config)
-    naming = MODULES[kind].naming(complete(kind, config))
-    slots = arrange(naming, {name: source.shape for name, source in ours.items()})
+    slots = arrange(MODULES[kind].naming(config), {name: source.shape for name, source in ours.items()})
     prefix = PREFIXES.get(kind, UNET) if prefix is None else prefix
     write(path, {prefix + name: source_of(slot, ours) for name, slot in slots.items()}, {"format": "pt"})
 

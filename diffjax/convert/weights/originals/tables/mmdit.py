@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffjax.convert.weights.originals.tables.naming import Naming, table
+from diffjax.models import settings
+from diffjax.models.transformers import mmdit as model
 
 FIRST = "joint_blocks.0.x_block.attn.qkv.weight"
 HEAD = 64  # channels of a head in all of them
@@ -47,7 +49,7 @@ BLOCKS = (
 
 def naming(config: Mapping[str, Any]) -> Naming:
     """The names of an `SD3Transformer2DModel` with this config."""
-    last = config.get("num_layers", 18) - 1
+    last = settings.read(model.KIND, model.Settings, config).num_layers - 1
     ours, theirs = (name.replace("#", str(last)) for name in (OURS, CONTEXT))
     # The last block has for its text what the end has for the image.
     return table(((f"{theirs}.adaLN_modulation.1.*", f"{ours}.norm1_context.linear.*", "swap"), *ENDS, *BLOCKS))

@@ -8,6 +8,8 @@ from typing import Any
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.originals.tables.naming import Cut, Naming
 from diffjax.convert.weights.originals.tables.sgm import sgm_name
+from diffjax.models import settings
+from diffjax.models.unets import unet_cond
 
 # The first tensor of each, to recognise one by.
 FIRST = "input_blocks.0.0.weight"
@@ -20,15 +22,15 @@ SIDES = {"sd": 64, "sd2": 96, "sdxl": 128, "refiner": 128}
 
 def naming(config: Mapping[str, Any]) -> Naming:
     """The names of a `UNet2DConditionModel` with this config."""
-    layers = config.get("layers_per_block", 2)
-    attended = ["CrossAttn" in kind for kind in config["up_block_types"]]
-    label = "class_embedding" if config.get("class_embed_type") else "add_embedding"
+    c = settings.read(unet_cond.KIND, unet_cond.Settings, config)
+    attended = ["CrossAttn" in kind for kind in c.up_block_types]
+    label = "class_embedding" if c.class_embed_type else "add_embedding"
 
     def where(name: str) -> Cut | None:
         module, _, leaf = name.rpartition(".")
         if name == "class_embedding.weight":
             return Cut("label_emb.weight")
-        theirs = sgm_name(module.replace(label, "add_embedding", 1), layers, attended)
+        theirs = sgm_name(module.replace(label, "add_embedding", 1), c.layers_per_block, attended)
         return None if theirs is None else Cut(f"{theirs}.{leaf}")
 
     return where

@@ -7,6 +7,8 @@ from typing import Any
 
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.originals.tables.naming import Naming, table
+from diffjax.models import settings
+from diffjax.models.autoencoders import kl
 
 FIRST = "encoder.down.0.block.0.conv1.weight"
 GROUPS = 32  # of channels, in every level
@@ -20,7 +22,7 @@ ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_ou
 
 def naming(config: Mapping[str, Any]) -> Naming:
     """The names of an `AutoencoderKL` with this config."""
-    levels = len(config["block_out_channels"])
+    levels = len(settings.read(kl.KIND, kl.Settings, config).block_out_channels)
     lines: list[tuple] = []
     for side in ("encoder", "decoder"):
         lines.append((f"{side}.norm_out.*", f"{side}.conv_norm_out.*"))
