@@ -46,12 +46,20 @@ READERS = {
 
 
 def _load(path: str | os.PathLike) -> dict:
-    """The dict in a scheduler file, given the file, its folder, or the folder of a whole pipeline."""
+    """The dict in a scheduler file, given the file, its folder, or the folder of a whole pipeline.
+
+    Raises:
+      ValueError: for what is no JSON object.
+      FileNotFoundError: if there is no file.
+    """
     path = Path(path)
     tried = [path] if path.is_file() else [path / _FILE, path / "scheduler" / _FILE]
     for file in tried:
         if file.is_file():
-            config = json.loads(file.read_text())
+            try:
+                config = json.loads(file.read_text("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file}: no JSON: {str(error)[:200]}") from None
             if not isinstance(config, dict):
                 raise ValueError(f"{file}: expected a JSON object with _class_name, got a {type(config).__name__}")
             return config
@@ -84,7 +92,7 @@ def scheduler(config: dict | str | os.PathLike, n: int, **step_options: Any) -> 
 
     Raises:
       ValueError: for an unknown class or option, a value that is not supported, an n for which the scheduler has no
-        grid, or a configuration for which diffusers itself returns NaN.
+        grid, a configuration for which diffusers itself returns NaN, or a file that is no JSON object.
       FileNotFoundError: if there is no file at the path.
     """
     if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:

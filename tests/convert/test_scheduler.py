@@ -199,6 +199,9 @@ def test_reads_files_and_folders(tmp_path):
         np.testing.assert_array_equal(scheduler(path, 5)[1].alpha, wanted.alpha)
     with pytest.raises(FileNotFoundError, match="scheduler_config.json"):
         scheduler(tmp_path / "nothing", 5)
+    file.write_bytes(b'{"_class_name": "\xff')
+    with pytest.raises(ValueError, match=f"^{file}: no JSON: "):
+        scheduler(tmp_path, 5)
 
 
 def test_files_of_widely_used_checkpoints_are_read():
