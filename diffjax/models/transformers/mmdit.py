@@ -45,6 +45,8 @@ from diffjax.nn.blocks import (
 from diffjax.nn.blocks.attention import QK_NORMS
 
 KIND = "SD3Transformer2DModel"
+# Of one side of the square of positions, whose waves the host makes when a network is built; SD3.5 has 589,824.
+MOST_WAVES = 2**24
 RULES = (
     (r"^transformer_blocks/.*/(to_[qkv]|add_[qkv]_proj|proj|linear)/kernel$", (None, "fsdp", "tensor")),
     (r"^transformer_blocks/.*/(to_out/0|to_add_out|net/2)/kernel$", (None, "tensor", "fsdp")),
@@ -246,6 +248,11 @@ def check_settings(kind: str, c: Any) -> None:
         )
     if c.pos_embed_max_size is not None:
         check_least(kind, 1, pos_embed_max_size=c.pos_embed_max_size)
+        if c.pos_embed_max_size * width > MOST_WAVES:
+            raise ValueError(
+                f"{kind}: pos_embed_max_size={c.pos_embed_max_size}: of {width} channels there are positions for "
+                f"at most {MOST_WAVES // width} patches a side"
+            )
 
 
 def check_image(kind: str, c: Any, x: jax.Array, channels: int, *, name: str = "x", positions: bool = True) -> None:

@@ -313,6 +313,7 @@ def test_what_does_not_fit_the_index_is_refused(network, tmp_path):
         ('{"_class_name": "DiTTransformer2DModel", "attention_head_dim": 9999999999999999999}', "of another shape"),
         ('{"_class_name": "DiTTransformer2DModel", "num_layers": -1}', "not the parameters of its"),
         ('{"_class_name": "DiTTransformer2DModel", "patch_size": "2"}', "expected int"),
+        ('{"_class_name": "SD3Transformer2DModel", "pos_embed_max_size": 1000000000000}', "for at most 14563 patches"),
     ],
 )
 def test_a_config_that_describes_nothing(folder, text, words):
