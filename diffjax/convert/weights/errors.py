@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+LONGEST = 2000  # characters of a message: what a file holds may be megabytes
+
 
 class WeightsError(ValueError):
     """A file of weights that cannot be read, or does not hold the parameters of its network."""
@@ -13,13 +15,14 @@ class WeightsError(ValueError):
 
 @contextlib.contextmanager
 def told_of(path: Path) -> Iterator[None]:
-    """Puts the path before what is wrong with what it holds."""
+    """Puts the path before what is wrong with what it holds, of which it tells no more than can be read."""
     try:
         yield
     except ValueError as error:
-        if str(error).startswith(str(path)):
+        told = str(error)
+        if told.startswith(str(path)):
             raise
-        raise WeightsError(f"{path}: {error}") from error
+        raise WeightsError(f"{path}: {told if len(told) <= LONGEST else told[:LONGEST] + '...'}") from error
 
 
 def some(names: Iterable, most: int = 5) -> str:

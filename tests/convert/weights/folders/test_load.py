@@ -348,6 +348,9 @@ def test_what_is_wrong_is_told_with_the_folder(folder):
     for config in ({"_class_name": "DiTTransformer2DModel", "num_layer": 2}, {}, {"_class_name": "Gone"}):
         with pytest.raises(WeightsError, match=f"^{folder}: "):
             load(folder, config=config)
+    with pytest.raises(WeightsError, match=r"unknown setting 'x' \(here 'nnn") as error:
+        load(folder, config={"_class_name": "DiTTransformer2DModel", "x": "n" * 10**6})
+    assert len(str(error.value)) < 2500
 
 
 def test_names_are_shown_on_one_line(folder):
