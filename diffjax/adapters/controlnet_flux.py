@@ -27,6 +27,7 @@ from diffjax.models.transformers.flux import (
 )
 from diffjax.nn import Compute, Conv, Linear, scope, stack, tap
 from diffjax.nn.blocks import Embedding, TimeTextEmbedding
+from diffjax.nn.conv import unshuffle
 from diffjax.nn.linear import zeros
 
 KIND = "FluxControlNetModel"
@@ -132,12 +133,12 @@ class FluxControlNet(nnx.Module):
         settings.expect(KIND, "cond", cond, len(x), None, None, 3)
         with scope("input_hint_block"):
             cond = self.input_hint_block(cond)
-        b, height, width, channels = cond.shape
+        _, height, width, _ = cond.shape
         p = c.patch_size
         if height % p or width % p:
             raise ValueError(f"{KIND}: cond becomes {height} x {width} pixels, which patch_size={p} does not divide")
-        cond = cond.reshape(b, height // p, p, width // p, p, channels)
-        cond = jnp.transpose(cond, (0, 1, 3, 5, 2, 4)).reshape(b, -1, channels * p * p)
+        cond = unshuffle(cond, p)
+        cond = cond.reshape(len(cond), -1, cond.shape[-1])
         settings.expect(KIND, "cond, cut into tokens,", cond, len(x), x.shape[1], c.in_channels)
         return cond
 

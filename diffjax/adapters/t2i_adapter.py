@@ -16,6 +16,7 @@ from flax import nnx
 from diffjax.core.types import Model
 from diffjax.models import settings
 from diffjax.nn import Compute, Conv, remat, scope, tap, widen
+from diffjax.nn.conv import unshuffle
 
 KIND = "T2IAdapter"
 TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
@@ -36,13 +37,6 @@ class Settings:
     num_res_blocks: int = 2
     downscale_factor: int = 8
     adapter_type: str = "full_adapter"
-
-
-def unshuffle(x: jax.Array, factor: int) -> jax.Array:
-    """`[B, H f, W f, C] -> [B, H, W, C f f]`: the pixels of a square as channels, those of one colour together."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // factor, w // factor, -1)
 
 
 def halve(x: jax.Array) -> jax.Array:

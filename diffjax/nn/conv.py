@@ -89,6 +89,13 @@ def double(x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
+def unshuffle(x: jax.Array, factor: int) -> jax.Array:
+    """`[B, H f, W f, C] -> [B, H, W, C f f]`: the pixels of a square as channels, those of one channel together."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
+    return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(b, h // factor, w // factor, c * factor**2)
+
+
 class ResBlock(nnx.Module):
     """ADM's residual block with adaptive group normalisation and resampling inside (arXiv:2105.05233, section 3).
 

@@ -35,6 +35,7 @@ from diffjax.nn import (
 )  # fmt: skip
 from diffjax.nn.blocks import FeedForward, JointAttention, Modulation, TimeTextEmbedding
 from diffjax.nn.blocks.joint import project_heads
+from diffjax.nn.conv import unshuffle
 from diffjax.nn.linear import ACTIVATIONS
 
 KIND = "FluxTransformer2DModel"
@@ -83,8 +84,7 @@ def pack(latents: jax.Array) -> jax.Array:
     b, h, w, c = latents.shape
     if h % 2 or w % 2:
         raise ValueError(f"latents of {h} x {w} pixels cannot be packed: both sides must be even")
-    pixels = latents.reshape(b, h // 2, 2, w // 2, 2, c)
-    return jnp.transpose(pixels, (0, 1, 3, 5, 2, 4)).reshape(b, h * w // 4, 4 * c)
+    return unshuffle(latents, 2).reshape(b, h * w // 4, 4 * c)
 
 
 def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
