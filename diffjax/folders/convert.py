@@ -64,7 +64,8 @@ def convert(
             if component or family or variant or network:
                 other = "--variant" if variant else "--component, --family and --network"
                 raise ValueError(f"{other}: {source} is a run, which has no such parts")
-            _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress)
+            which, how = dict(ema=ema, step=step), dict(dtype=dtype, shard_bytes=shard_bytes, keys=keys)
+            _convert_run(source, target, **which, **how, overwrite=overwrite, progress=progress)
             return
         if ema or step is not None:
             raise ValueError(f"{source} is no run and has no averages or steps to choose from")
@@ -101,7 +102,8 @@ def _copy(paths: Iterable[Path], target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _convert_run(source, target, dtype, shard_bytes, keys, ema, step, overwrite, progress):
+def _convert_run(source, target, *, ema, step, dtype, shard_bytes, keys, overwrite, progress) -> None:
+    """Writes the parameters of a run: under their own names, or as its network's class has them."""
     from diffjax.train import paths
     from diffjax.train.state import load_run
 

@@ -15,7 +15,9 @@ from diffjax.registry import nearest
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def check_common(kind: str, shape, num_classes: int, dropout: float, dtype: str, time_embed: str, waves: int) -> None:
+def check_common(
+    kind: str, shape, num_classes: int, *, dropout: float, dtype: str, time_embed: str, waves: int
+) -> None:  # fmt: skip
     """Raises `ValueError` for what no network can be built from: these settings are common to all of them."""
     check_data(kind, shape, num_classes)
     if not 0.0 <= dropout < 1.0:

@@ -161,7 +161,7 @@ def dit(
     """
     config = dict(locals(), name="dit", shape=tuple(shape))
     ends = ends_of("dit", shape, extra_in, extra_out)
-    check_common("dit", shape, num_classes, dropout, dtype, time_embed, WAVES)
+    check_common("dit", shape, num_classes, dropout=dropout, dtype=dtype, time_embed=time_embed, waves=WAVES)
     check_name("dit", "attention_scale", attention_scale, ("sqrt", "mup"))
     check_attention("dit", "attention_impl", attention_impl, dtype)
     check_least("dit", 1, patch=patch, width=width, depth=depth, heads=heads)

@@ -45,7 +45,10 @@ class MLP(nnx.Module):
     Activations: `cond` and `tokens [B, C]`, those of `MLPBlock` under `blocks/block0/` and so on, `modulation`.
     """
 
-    def __init__(self, ends, num_classes, width, depth, hidden, dropout, dtype, time, remat, rngs):
+    def __init__(
+        self, ends: tuple[tuple[int, ...], tuple[int, ...]], *, num_classes: int, width: int, depth: int, hidden: int,
+        dropout: float, time: dict, dtype, remat: str, rngs,
+    ):  # fmt: skip
         self.cond = Condition(width, num_classes, **time, dtype=dtype, rngs=rngs)
         self.inp = Linear(math.prod(ends[0]), width, dtype=dtype, rngs=rngs)
         settings = dict(cond_width=width, dropout_rate=dropout, activation=nnx.silu, dtype=dtype)
@@ -94,11 +97,12 @@ def mlp(
       ValueError: for settings that make no network.
     """
     config = dict(locals(), name="mlp", shape=tuple(shape))
-    check_common("mlp", shape, num_classes, dropout, dtype, time_embed, width)
+    check_common("mlp", shape, num_classes, dropout=dropout, dtype=dtype, time_embed=time_embed, waves=width)
     check_least("mlp", 0, depth=depth)
     check_least("mlp", 1, expand=expand)
     time = dict(waves=width, time_embed=time_embed, time_scale=time_scale)
     ends = ends_of("mlp", shape, extra_in, extra_out)
-    rest = (expand * width, dropout, jnp.dtype(dtype), time, check_remat("mlp", remat))
-    module = functional(lambda rngs: MLP(ends, num_classes, width, depth, *rest, rngs))
+    sizes = dict(num_classes=num_classes, width=width, depth=depth, hidden=expand * width)
+    rest = dict(dropout=dropout, time=time, dtype=jnp.dtype(dtype), remat=check_remat("mlp", remat))
+    module = functional(lambda rngs: MLP(ends, **sizes, **rest, rngs=rngs))
     return Model(*network("mlp", ends[0], module), config=config, rules=RULES, activations=ACTIVATIONS)

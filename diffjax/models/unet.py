@@ -179,7 +179,7 @@ def unet(
       ImportError: for `attention_impl="tokamax"` without the package.
     """
     config = dict(locals(), name="unet", shape=tuple(shape), mults=tuple(mults), attention=tuple(attention))
-    check_common("unet", shape, num_classes, dropout, dtype, time_embed, width)
+    check_common("unet", shape, num_classes, dropout=dropout, dtype=dtype, time_embed=time_embed, waves=width)
     check_least("unet", 1, width=width, blocks=blocks, head_width=head_width, groups=groups)
     _check_levels(shape, width, mults, attention, head_width, groups)
     check_attention("unet", "attention_impl", attention_impl, dtype)
