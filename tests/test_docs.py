@@ -1,5 +1,6 @@
 """Every Python block in the docs and the README runs as it stands; tables name all there is, as it was measured."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -79,3 +80,30 @@ def test_published_checkpoints_are_counted_alike():
 
     told = re.findall(r"(\d+) (?:published )?checkpoints|settings\n? +of (\d+)", "".join(p.read_text() for p in PAGES))
     assert told and {int(a or b) for a, b in told} == {len(PUBLISHED)}
+
+
+def test_names_of_the_library_are_there():
+    """What docstrings and pages call `diffjax.a.b` can be imported."""
+    sources = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "diffjax").rglob("*.py"))]
+    named = {name: path for path in sources for name in re.findall(r"`(diffjax(?:\.\w+)+)", path.read_text())}
+    assert len(named) > 50
+    for name, path in named.items():
+        assert found(name), f"{path.relative_to(ROOT)}: {name}"
+
+
+def found(name):
+    """Whether a dotted name is a module, something in one, or an attribute of that."""
+    parts = name.split(".")
+    for i in range(len(parts), 0, -1):
+        try:
+            thing = importlib.import_module(".".join(parts[:i]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[i:]:
+            if part in getattr(thing, "__annotations__", {}):
+                return True
+            if not hasattr(thing, part):
+                return False
+            thing = getattr(thing, part)
+        return True
+    return False

@@ -114,7 +114,7 @@ class PictureEmbedding(nnx.Module):
 class ControlNet(nnx.Module):
     """The module of `controlnet`.
 
-    Activations: as those of the way down of `diffjax.models.unets.unet_condition`.
+    Activations: as those of the way down of `diffjax.models.unets.unet_cond`.
     """
 
     def __init__(self, c: Settings, *, compute: Compute, rngs):
@@ -181,7 +181,7 @@ def controlnet(config: Mapping[str, Any], **how) -> Model:
       A `Model`: `apply(params, x [B, H, W, in_channels], t [B], context [B, L, D], picture [B, 8 H, 8 W, 3], y=None, *,
       scale=1.0, guess=False, mask=None, pooled=None, time_ids=None, cond=None, key=None)` returns `Residuals`. The
       picture is in [0, 1]; `guess` weakens the finer features; the others are those of the U-Net
-      (`diffjax.models.unets.unet_condition`). Several ControlNets are added up.
+      (`diffjax.models.unets.unet_cond`). Several ControlNets are added up.
 
     Raises:
       ValueError: for settings that are unknown or not supported.

@@ -107,7 +107,8 @@ def extended(config: Mapping[str, Any], new: int) -> dict[str, Any]:
       ValueError: for a config without `vocab_size`.
     """
     if "vocab_size" not in config:
-        raise ValueError(f"textual inversion: a config with {', '.join(config)} has no vocab_size")
+        told = f"a config with {', '.join(config)} has no vocab_size; give it, the number of rows of the table"
+        raise ValueError(f"textual inversion: {told}")
     return {**config, "vocab_size": config["vocab_size"] + new}
 
 

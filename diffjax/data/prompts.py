@@ -19,7 +19,8 @@ def parse_prompt(prompt: str) -> list[tuple[str, float]]:
     r"""The parts of a prompt with their weights, in the syntax of stable-diffusion-webui.
 
     `(word)` is worth 1.1 times as much, `(word:1.3)` 1.3 times, `[word]` 1 / 1.1 times; brackets nest, and those that
-    are not closed reach to the end. `\(` and the like are brackets of the text.
+    are not closed reach to the end. `\(` and the like are brackets of the text. `BREAK`, `AND` and changes from step to
+    step, `[a:b:0.5]`, mean nothing here: they are text.
 
     >>> parse_prompt("an (important) word, (a [lesser] one:2)")
     [('an ', 1.0), ('important', 1.1), (' word, ', 1.0), ('a ', 2.0), ('lesser', 1.8181818181818181), (' one', 2.0)]

@@ -1,4 +1,4 @@
-"""Networks and their weights, in the folder format of diffusers and transformers."""
+"""Networks, adapters and their weights, in the formats of diffusers, transformers, and the networks' authors."""
 
 from diffjax.convert.weights.adapters.ip_adapter import load_ip_adapter, save_ip_adapter
 from diffjax.convert.weights.adapters.lora import load_lora, lora_components, save_lora

@@ -67,6 +67,9 @@ def tiled_decode(model: Model, params: dict, z: jax.Array, *, tiles: Tiles | Non
     Args:
       model: an `AutoencoderKL` or `AutoencoderTiny`.
       tiles: None for those of the model's config (`tiles_of`).
+
+    Raises:
+      ValueError: for a network of another class, or tiles that overlap so much that none moves on.
     """
     sample, latent, overlap = _tiles(model, tiles)
     join = _painted if _is_tiny(model.config) else _blended

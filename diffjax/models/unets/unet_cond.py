@@ -196,11 +196,7 @@ def run_down(
 
 
 def bias_of(kind: str, mask: jax.Array | None, context: jax.Array | None) -> jax.Array | None:
-    """What `mask [B, L]` adds to the scores of the blocks' `context [B, L, D]`; raises `ValueError` for other shapes.
-
-    Raises:
-      ValueError: for a mask of another shape, or without a context.
-    """
+    """What `mask [B, L]` adds to the scores of `context [B, L, D]`; raises `ValueError` for a mask of another shape."""
     if mask is not None:
         settings.expect(kind, "mask", mask, *context.shape[:2])
     return mask_bias(mask)
