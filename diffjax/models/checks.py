@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffjax.nn.attention import cudnn_takes
 from diffjax.registry import nearest
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MOST_TRIED = 10_000
 
 
 def check_common(
@@ -83,9 +85,12 @@ def check_cudnn_heads(kind: str, setting: str, head_width: int, given: str) -> N
 
 def check_divides(kind: str, part: str, value: int, whole: str, *totals: int) -> None:
     """Raises `ValueError` unless `value` divides every one of `totals`; the message names the nearest that does."""
-    if all(total % value == 0 for total in totals):
+    if value > 0 and all(total % value == 0 for total in totals):
         return
-    valid = [n for n in range(1, min(totals) + 1) if all(total % n == 0 for total in totals)]
+    # Of lengths that no network has, not all divisors are looked for: a config may come from anywhere.
+    common = math.gcd(*totals)
+    small = [n for n in range(1, min(math.isqrt(common), MOST_TRIED) + 1) if common % n == 0] or [1]
+    valid = [*small, *(common // n for n in small if common)]
     best = min(valid, key=lambda n: (abs(n - value), n))
     given = ", ".join(map(str, dict.fromkeys(totals)))
     raise ValueError(f"{kind}: {part}={value} does not divide {whole} {given}; the nearest that does is {part}={best}")

@@ -62,6 +62,13 @@ def test_a_value_of_another_type_is_refused(kind, name, value, wanted):
         from_config({"_class_name": kind, name: value})
 
 
+# The length is a prime: to try all numbers below it would take days.
+@pytest.mark.parametrize("value, best", [(0, 1), (-2, 1), (10**18, 10**12 + 39), (10, 1)])
+def test_what_does_not_divide_a_length_is_told_at_once(value, best):
+    with pytest.raises(ValueError, match=f"num_heads={value} does not divide embed_dim .* is num_heads={best}$"):
+        from_config({"_class_name": "UViT", "embed_dim": 10**12 + 39, "num_heads": value})
+
+
 def test_an_unknown_keyword_is_refused():
     config = {"_class_name": "DiTTransformer2DModel"}
     with pytest.raises(ValueError, match="unknown keyword attention_impl='cudnn'; known: .*did you mean 'attention'"):
