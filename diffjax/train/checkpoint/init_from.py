@@ -44,7 +44,6 @@ def save_params(folder: str | os.PathLike, params: Mapping) -> Path:
     The folder is made where missing, and the file appears in one move.
     """
     path = Path(folder) / weights_of(PARAMS)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, {name: Source.of(leaf) for name, leaf in paths.named_leaves(params).items()}, {})
     return path
 

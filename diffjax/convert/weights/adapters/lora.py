@@ -213,9 +213,7 @@ def save_lora(adapter: Adapter, model: Model, path: str | os.PathLike, *, compon
     if not held:
         raise WeightsError(f"{path}: the adapter has no layers")
     config = {f"{prefix}{name}": value for name, value in _peft_config(held, adapter.use_rslora).items()}
-    if path.suffix != ".safetensors":
-        path.mkdir(parents=True, exist_ok=True)
-        path = path / FILES[0]
+    path = path if path.suffix == ".safetensors" else path / FILES[0]
     write(path, tensors, {"format": "pt", METADATA: json.dumps(config, indent=2, sort_keys=True)})
 
 

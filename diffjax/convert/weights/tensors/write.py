@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,12 +40,12 @@ class Source(NamedTuple):
 def writing(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> Iterator[None]:
     """A safetensors file that is written, and takes the place of `path` in one move when the block ends well.
 
-    After an error, such as a full disk, `path` is what it was. Wide types come first, so that every tensor lies at a
-    multiple of its type's size.
+    Its folder is made if absent; after an error, such as a full disk, `path` is what it was. Wide types come first, so
+    that every tensor lies at a multiple of its type's size.
 
     Raises:
       WeightsError: for a type that the format does not have, or an array that is not what its source says.
-      OSError: disk full, folder gone or read-only.
+      OSError: disk full, folder read-only.
     """
     unknown = {name: source.dtype for name, source in tensors.items() if source.dtype not in NAMES}
     if unknown:
@@ -60,6 +61,7 @@ def writing(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Ma
         at += source.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, source in ordered:

@@ -73,9 +73,10 @@ def test_what_is_written_here_the_package_reads(tmp_path):
 
 
 def test_a_file_without_tensors(tmp_path):
-    write(tmp_path / "a.safetensors", {}, {})
-    assert read_header(tmp_path / "a.safetensors") == ({}, {})
-    assert safetensors.numpy.load_file(tmp_path / "a.safetensors") == {}
+    path = tmp_path / "new" / "folder" / "a.safetensors"
+    write(path, {}, {})
+    assert read_header(path) == ({}, {})
+    assert safetensors.numpy.load_file(path) == {}
 
 
 @pytest.mark.parametrize(
