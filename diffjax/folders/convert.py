@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from diffjax.convert.weights import WeightsError, rewrite, save, save_original
+from diffjax.convert.weights.adapters.lora import lora_file
 from diffjax.convert.weights.folders.save import SHARD_BYTES, write_folder
 from diffjax.convert.weights.folders.survey import PIPELINE, components, holds_weights
 from diffjax.convert.weights.originals import original_components
@@ -48,7 +49,8 @@ def convert(
 
     Raises:
       WeightsError: as `rewrite`.
-      ValueError: for an unknown name, or a run whose network has no class in `NETWORKS`, unless `keys` is "params".
+      ValueError: for an unknown name, a LoRA, or a run whose network has no class in `NETWORKS`, unless `keys` is
+        "params".
       OSError: disk full, folder read-only; what was in `target` is whole.
     """
     check_dtype("dtype", dtype)
@@ -69,6 +71,8 @@ def convert(
             return
         if ema or step is not None:
             raise ValueError(f"{source} is no run and has no averages or steps to choose from")
+        if not Path(source, "config.json").is_file() and lora_file(source):
+            raise ValueError(f"{source} is a LoRA, and networks are converted; load_lora and save_lora write it again")
         if not component and Path(source).is_file() and (parts := original_components(source).parts):
             if len(parts) > 1:
                 raise ValueError(f"{source} has several networks: name one, --component={'|'.join(parts)}")

@@ -180,8 +180,10 @@ def _entries(found: Survey, dtype) -> list[Entry]:
 
 
 def _verdict(found: Survey) -> str:
+    if found.report is None and found.model is not None:
+        return "none: a config alone"
     if found.report is None:
-        return "not compared: the class is not known here" if found.model is None else "none: a config alone"
+        return f"not compared: {'the class is not known here' if found.kind else 'no config tells of what network'}"
     return f"do not fit: {found.report}" if any(found.report) else "fit, each parameter once"
 
 

@@ -274,12 +274,15 @@ def test_adapters_and_variants_are_told(capsys, folder, tmp_path):
     code, out, _ = run(capsys, "inspect", path)
     assert code == 0 and out.startswith("LoRA for unet, rank 4\n") and row(out, "parameters") == "64"
     assert row(out, "class") == "LoRA" and row(out, "weights").startswith("not compared: load_lora does it")
+    code, _, err = run(capsys, "convert", path, tmp_path / "out")
+    assert code == 2 and "is a LoRA, and networks are converted" in err and not (tmp_path / "out").exists()
     os.remove(tmp_path / "config.json")
     # A parameter may be called alpha, and what is refused by name is told.
     arrays = {"snake.alpha": half, "conv.weight": half}
     write(tmp_path / "other.safetensors", {k: Source.of(a) for k, a in arrays.items()}, {})
     code, out, _ = run(capsys, "inspect", tmp_path / "other.safetensors")
     assert code == 0 and "LoRA" not in out and row(out, "class") == "no config beside the file"
+    assert row(out, "weights") == "not compared: no config tells of what network"
     write(tmp_path / "lokr.safetensors", {"lora_unet_a.lokr_w1": Source.of(half)}, {})
     code, _, err = run(capsys, "inspect", tmp_path / "lokr.safetensors")
     assert code == 2 and "is LoKr, which is not supported" in err
