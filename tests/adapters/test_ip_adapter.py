@@ -15,7 +15,7 @@ from drawn import params_of
 from networks import unet_cond
 
 from diffjax.adapters import ip_adapter
-from diffjax.convert import WeightsError, load_ip_adapter, save_ip_adapter
+from diffjax.convert import WeightsError, load_ip_adapter, save, save_ip_adapter
 from diffjax.convert.weights.tensors import Source, read_header, write
 from diffjax.models import from_config
 from diffjax.nn.functional import names_of
@@ -120,6 +120,14 @@ def round_trip(run, tmp_path):
         again = {k: t.part() for k, t in read_header(tmp_path / "again.safetensors")[0].items()}
         assert again.keys() == tensors.keys()
         assert all(again[k].tobytes() == v.tobytes() for k, v in tensors.items())
+
+
+def test_a_unet_is_saved_without_its_adapters(case, tmp_path):
+    run = case("sd")
+    net, params = ip_adapter.with_pictures(run.model.config), ip_adapter.join(run.params, run.adapters[:1])
+    with pytest.raises(WeightsError, match=f"^{tmp_path}: parameters of IP-Adapters, .*: .*to_k_ip"):
+        save(net, params, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])

@@ -50,13 +50,16 @@ def save(
 
     Raises:
       ValueError: for a `dtype` that is not of floating point.
-      WeightsError: for a network that is of no class of checkpoints; for parameters of another network, of a type that
-        safetensors does not have, or spread over devices of other processes.
+      WeightsError: for a network that is of no class of checkpoints, or one with adapters in it; for parameters of
+        another network, of a type that safetensors does not have, or spread over devices of other processes.
       OSError: disk full, folder read-only; what was there is whole.
     """
     check_dtype("dtype", dtype)
     _check_class(model, folder)
     tensors = tensors_of(model, params, folder, dtype)
+    if adapters := [key for key in tensors if ".processor." in key]:
+        told = "parameters of IP-Adapters, which have files of their own (save_ip_adapter); save the U-Net without them"
+        raise WeightsError(f"{folder}: {told}: {some(adapters)}")
     write_folder(folder, model.config, tensors, variant=variant, shard_bytes=shard_bytes)
 
 
