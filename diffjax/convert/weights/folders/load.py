@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffjax.convert.weights.errors import some
 from diffjax.convert.weights.folders.survey import Survey, check_fits, opened
 from diffjax.convert.weights.places.layout import read, type_of
 from diffjax.convert.weights.tensors.dtypes import check_dtype
@@ -37,7 +38,8 @@ def load(
 
     Raises:
       WeightsError: for files that are damaged, pickled, or do not hold the network's parameters, each exactly once.
-      ValueError: for a config that describes no network that is known here; for a file and a variant.
+      ValueError: for a config that describes no network that is known here; for a file and a variant; for a `sharding`
+        that does not tell of each parameter.
       OSError: if something cannot be read.
     """
     check_dtype("param_dtype", param_dtype)
@@ -50,12 +52,22 @@ def parameters(
     found: Survey, param_dtype: str | None = None, sharding: Callable[[Model, dict], Any] | None = None
 ) -> dict:  # fmt: skip
     """The parameters of a network whose weights fit; the rest as for `load`."""
-    shapes = nested(found.shapes)
-    where = dict.fromkeys(found.places) if sharding is None else names_of(sharding(found.model, shapes))
+    where = dict.fromkeys(found.places) if sharding is None else _placed(found, sharding)
     return nested({
         name: _leaf(place, found.tensors, tuple(found.shapes[name].shape), param_dtype, where[name])
         for name, place in found.places.items()
     })  # fmt: skip
+
+
+def _placed(found: Survey, sharding: Callable[[Model, dict], Any]) -> dict[str, jax.sharding.Sharding]:
+    """Where each parameter is to lie; raises `ValueError` for what tells that of others, or not at all."""
+    if not callable(sharding):
+        told = "expected a function, such as lambda model, shapes: param_sharding(mesh, shapes, model.rules, 'fsdp')"
+        raise ValueError(f"sharding={sharding!r}: {told}")
+    where = names_of(sharding(found.model, nested(found.shapes)))
+    if wrong := sorted(where.keys() ^ found.places.keys()):
+        raise ValueError(f"sharding gave no tree like that of the parameters; they differ at {some(wrong)}")
+    return where
 
 
 def _leaf(place, tensors, shape, dtype, sharding):

@@ -353,6 +353,18 @@ def test_what_is_wrong_is_told_with_the_folder(folder):
     assert len(str(error.value)) < 2500
 
 
+@pytest.mark.parametrize(
+    "sharding, words",
+    [
+        ("fsdp", "sharding='fsdp': expected a function, such as lambda model, shapes"),
+        (lambda model, shapes: {"pos_embed": shapes["pos_embed"]}, "they differ at proj_out_1/bias, .* and .* more"),
+    ],
+)
+def test_a_sharding_tells_of_each_parameter(folder, sharding, words):
+    with pytest.raises(ValueError, match=words):
+        load(folder, sharding=sharding)
+
+
 def test_names_are_shown_on_one_line(folder):
     rewrite(folder / ONE, lambda arrays: arrays.update({"a\nb\x1b[31m": np.zeros(2)}))
     with pytest.raises(WeightsError, match=re.escape(r"1 unexpected: a\nb\x1b[31m")):
