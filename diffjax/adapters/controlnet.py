@@ -19,6 +19,7 @@ from diffjax.models import settings
 from diffjax.models.checks import check_least
 from diffjax.models.unets import condition, unet_cond
 from diffjax.nn import Compute, Conv, scope, split_key, tap, widen
+from diffjax.nn.functional import check_params
 
 KIND = "ControlNetModel"
 RULES = (
@@ -206,8 +207,14 @@ def params_of_unet(params: dict, unet: dict) -> dict:
     Args:
       params: as from `init` of a `controlnet`, whose own layers are zero.
       unet: those of its U-Net.
+
+    Raises:
+      ValueError: for parameters that are none of a ControlNet, or those of another U-Net.
     """
+    if "controlnet_mid_block" not in params:
+        raise ValueError(f"{KIND}: params are none of a ControlNet; give its own first, and then those of the U-Net")
     shared = {name: unet[name] for name in params if name in unet}
+    check_params(shared, {name: params[name] for name in shared})
     return {**params, **shared}
 
 

@@ -112,8 +112,12 @@ def with_pictures(config: Mapping[str, Any], count: int = 1, **how) -> Model:
       `pictures` it is the U-Net alone.
 
     Raises:
-      ValueError: for a U-Net whose attention is not that of Stable Diffusion, or settings that are not supported.
+      ValueError: for another class, a U-Net whose attention is not that of Stable Diffusion, or settings that are not
+        supported.
     """
+    kind = config.get("_class_name", unet_cond.KIND)
+    if kind != unet_cond.KIND:
+        raise ValueError(f"{KIND}: the config is that of a {kind}; expected a {unet_cond.KIND}")
     c = unet_cond.settings_of(config)
     _check(c)
     if type(count) is not int or count < 1:

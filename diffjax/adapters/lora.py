@@ -106,12 +106,13 @@ def init(
       An `Adapter` with float32 factors.
 
     Raises:
-      ValueError: for a target that fits no kernel, or a rank below 1.
+      ValueError: for a target that fits no kernel or is no regex, or a rank below 1.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     leaves = names_of(params).items()
     kernels = {name: tuple(leaf.shape) for name, leaf in leaves if name.rpartition("/")[2] == "kernel"}
     names = {name: layers_of(name, shape) for name, shape in kernels.items()}
+    _check_regexes(*targets, *(ranks or ()), *(alphas or ()))
     _check_targets(targets, names)
     chosen = {}
     for name, layers in names.items():
@@ -122,6 +123,15 @@ def init(
     given = zip(keys, chosen.items(), strict=True)
     pairs = {name: _fresh(k, stacked(name), kernels[name], layers) for k, (name, layers) in given}
     return Adapter(pairs, tuple(chosen.items()), use_rslora)
+
+
+def _check_regexes(*regexes):
+    """Raises `ValueError` for what is no regular expression."""
+    for regex in regexes:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise ValueError(f"lora: {regex!r} is no regular expression: {error}") from None
 
 
 def _check_targets(targets, names):
@@ -189,11 +199,11 @@ def apply(params: dict, adapters: Iterable[tuple[Adapter, float | jax.Array]]) -
       weights of zero change no value. Differentiable; inside `jit` the sums live as long as they are needed.
 
     Raises:
-      ValueError: for an adapter of another network.
+      ValueError: for an adapter of another network, or one without a weight.
     """
     leaves = names_of(params)
     sums: dict[str, jax.Array] = {}
-    for adapter, weight in adapters:
+    for adapter, weight in _weighted(adapters):
         for name in adapter.pairs:
             added = weight * change(adapter, name)
             if name not in leaves or added.shape != leaves[name].shape:
@@ -204,6 +214,15 @@ def apply(params: dict, adapters: Iterable[tuple[Adapter, float | jax.Array]]) -
         kernel = jnp.asarray(leaves[name])
         leaves[name] = (kernel + added).astype(kernel.dtype)
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values())
+
+
+def _weighted(adapters) -> list[tuple[Adapter, Any]]:
+    """The pairs of adapters and weights; raises `ValueError` for what is none, such as an adapter alone."""
+    pairs = [adapters] if isinstance(adapters, Adapter) else list(adapters)
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], Adapter)):
+            raise ValueError(f"lora: expected pairs (adapter, weight), [(adapter, 1.0)], not {type(pair).__name__}")
+    return pairs
 
 
 def fuse(params: dict, adapters: Iterable[tuple[Adapter, float]]) -> dict:
@@ -217,4 +236,4 @@ def unfuse(params: dict, adapters: Iterable[tuple[Adapter, float]]) -> dict:
     Not exact: a sum that was rounded is not undone by a subtraction. In float32 a weight is off by about 1e-7 of its
     and the change's size, in bfloat16 by 1/256. Keep the parameters if you need them again.
     """
-    return apply(params, [(adapter, -weight) for adapter, weight in adapters])
+    return apply(params, [(adapter, -weight) for adapter, weight in _weighted(adapters)])

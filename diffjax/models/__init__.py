@@ -6,6 +6,7 @@ of published checkpoints, by the name of the class in their `config.json`, which
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,8 +64,11 @@ def kind_of(config: Mapping[str, Any]) -> str:
     """The class that a `config.json` names: `_class_name`, or the first of `architectures`.
 
     Raises:
-      ValueError: if it names none.
+      ValueError: if it names none, or is none itself.
     """
+    if isinstance(config, str | os.PathLike):
+        told = "expected what a config.json holds; `diffjax.convert.load` reads a folder"
+        raise ValueError(f"the config is {config!r}: {told}")
     architectures = config.get("architectures")
     several = isinstance(architectures, list | tuple) and architectures
     kind = config.get("_class_name", architectures[0] if several else None)

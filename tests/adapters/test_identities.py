@@ -122,6 +122,15 @@ def test_controlnet_of_sdxl_in_one_program():
     assert np.abs(steered(params, learnt, 1.0) - alone).max() > 0.01
 
 
+def test_a_controlnet_starts_from_its_own_unet():
+    own = {"conv_in": {"kernel": np.zeros((3, 3, 4, 8))}, "controlnet_mid_block": {}}
+    other = {"conv_in": {"kernel": np.zeros((3, 3, 4, 16))}}
+    with pytest.raises(ValueError, match="params are none of a ControlNet"):
+        controlnet.params_of_unet(other, own)
+    with pytest.raises(ValueError, match=r"wrong shapes: conv_in/kernel \(3, 3, 4, 16\) instead of"):
+        controlnet.params_of_unet(own, other)
+
+
 def test_a_fresh_controlnet_learns():
     levels = dict(block_out_channels=(8,), down_block_types=("DownBlock2D",), mid_block_type="UNetMidBlock2D")
     config = levels | dict(layers_per_block=1, norm_num_groups=4, cross_attention_dim=6) | HINT

@@ -214,6 +214,7 @@ def test_what_is_wrong_with_a_call(case):
         (dict(mid_block_type="UNetMidBlock2DSimpleCrossAttn"), "UNetMidBlock2DSimpleCrossAttn are not supported"),
         (dict(encoder_hid_dim=5, encoder_hid_dim_type="image_proj"), "encoder_hid_dim_type='image_proj' is not"),
         (dict(attention_type="gated"), "attention_type='gated' is not supported"),
+        (dict(_class_name="UNet2DModel"), "the config is that of a UNet2DModel; expected a UNet2DConditionModel"),
     ],
 )
 def test_networks_that_take_no_pictures(change, message, case):

@@ -289,6 +289,18 @@ def test_native_networks(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
 
+def test_what_is_wrong_with_a_call(params):
+    shapes = jax.eval_shape(lambda: params)
+    for given, words in ((dict(targets=["(a"]), r"'\(a' is no regular"), (dict(ranks={"[": 1}), r"'\[' is no regular")):
+        with pytest.raises(ValueError, match=f"lora: {words} expression"):
+            lora.init(jax.random.key(0), shapes, **{"targets": ["to_q"], "rank": 2, **given})
+    adapter = lora.init(jax.random.key(0), shapes, ["to_q/kernel"], 2)
+    for adapters in (adapter, [adapter], (adapter, 1.0)):
+        for use in (lora.apply, lora.unfuse):
+            with pytest.raises(ValueError, match=r"expected pairs \(adapter, weight\), .* not Adapter"):
+                use(params, adapters)
+
+
 def test_a_config_counts_whatever_the_file_is_called(model, tmp_path):
     path = written(tmp_path / "a.sft", pair("proj_out_1"), {"lora_alpha": 8})
     assert load_lora(path, model).layers == (("proj_out_1/kernel", ((2, 8.0),)),)

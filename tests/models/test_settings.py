@@ -69,6 +69,11 @@ def test_what_does_not_divide_a_length_is_told_at_once(value, best):
         from_config({"_class_name": "UViT", "embed_dim": 10**12 + 39, "num_heads": value})
 
 
+def test_a_path_is_no_config():
+    with pytest.raises(ValueError, match="the config is .sd/unet.: expected .*; `diffjax.convert.load` reads a folder"):
+        from_config("sd/unet")
+
+
 def test_an_unknown_keyword_is_refused():
     config = {"_class_name": "DiTTransformer2DModel"}
     with pytest.raises(ValueError, match="unknown keyword attention_impl='cudnn'; known: .*did you mean 'attention'"):
