@@ -7,6 +7,7 @@ is longer than its encoder is cut. With `weighted` it is not, and its words have
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,9 +39,9 @@ class TextEncoder(NamedTuple):
         """What the network returns for texts, each padded or cut to `length` tokens; None for the tokenizer's own.
 
         Raises:
-          ValueError: for a text that is too long, where none is to be cut.
+          ValueError: for no text, or one that is too long, where none is to be cut.
         """
-        ids = jnp.asarray(self.tokenizer(texts, length=length, truncate=self.truncate).ids)
+        ids = jnp.asarray(self.tokenizer(_many(texts), length=length, truncate=self.truncate).ids)
         return self.model.apply(self.params, ids, **settings)
 
 
@@ -57,7 +58,11 @@ def sd_prompt(
         for the encoder. All texts have as many as the longest needs: guidance has the prompt and the other one of equal
         length if both are made in one call.
       chunks: with `weighted`, how many there are at least.
+
+    Raises:
+      ValueError: for no text, one that may not be cut, or an encoder that is none of CLIP's towers.
     """
+    _check_towers(encoder)
     if not weighted:
         return {"context": encoder(texts, skip=skip).last}
     return {"context": _weighted(encoder, texts, lambda out: out.last, chunks, skip=skip)[0]}
@@ -76,8 +81,12 @@ def sdxl_prompt(
       skip: how many layers before the last but one the states are taken.
       weighted, chunks: as for `sd_prompt`; both encoders have equally many chunks, and `pooled` is that of the first,
         without weights.
+
+    Raises:
+      ValueError: as `sd_prompt`; for a second encoder without a projection.
     """
     encoders = [encoder for encoder in (first, second) if encoder is not None]
+    _check_towers(*encoders)
     state = lambda out: clip_skip(out, skip + 1)
     if weighted:
         chunks = max(_chunks(encoder, texts, chunks) for encoder in encoders)
@@ -94,7 +103,19 @@ def _chunks(encoder: TextEncoder, texts, least) -> int:
 
 
 def _many(texts) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
+    """One text or many as a list; raises `ValueError` for none."""
+    several = [texts] if isinstance(texts, str) else [] if texts is None else list(texts)
+    if not several or not all(isinstance(text, str) for text in several):
+        raise ValueError(f"texts={reprlib.repr(texts)}: expected a text, or a list of them")
+    return several
+
+
+def _check_towers(*encoders: TextEncoder) -> None:
+    """Raises `ValueError` for an encoder of a class that is none of CLIP's text towers."""
+    for encoder in encoders:
+        kind, *_ = encoder.model.config.get("architectures") or ["CLIPTextModel"]
+        if not kind.startswith("CLIPText"):
+            raise ValueError(f"a {kind} in the place of CLIP's text tower, a CLIPTextModel, with a projection or not")
 
 
 def _weighted(encoder: TextEncoder, texts, state, chunks, **settings) -> tuple[jax.Array, TextOutput]:
@@ -138,8 +159,9 @@ def sd3_prompt(
       skip: how many layers before the last but one CLIP's states are taken.
 
     Raises:
-      ValueError: without T5 and `width`, or for a width that does not hold both CLIPs' states.
+      ValueError: as `sdxl_prompt`; without T5 and `width`, or for a width that does not hold both CLIPs' states.
     """
+    _check_towers(first, second)
     outs = [encoder(texts) for encoder in (first, second)]
     pair = jnp.concatenate([clip_skip(out, skip + 1) for out in outs], axis=-1)
     if third is None and width is None:
@@ -160,7 +182,11 @@ def flux_prompt(
 
     Args:
       length: tokens of T5; FLUX.1 schnell was trained with 256.
+
+    Raises:
+      ValueError: as `sd_prompt`.
     """
+    _check_towers(clip)
     return {"context": t5(texts, length), "pooled": clip(texts).pooled}
 
 

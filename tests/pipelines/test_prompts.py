@@ -9,7 +9,7 @@ import pytest
 from diffjax.core.types import Model
 from diffjax.data import load_tokenizer, parse_prompt, prompt_chunks, weigh_states
 from diffjax.models.text.clip import TextOutput, clip_skip
-from diffjax.pipelines.prompts import TextEncoder, sd_prompt, sdxl_prompt
+from diffjax.pipelines.prompts import TextEncoder, flux_prompt, sd_prompt, sdxl_prompt
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "parity" / "golden" / "tokenizers" / "clip")
 LENGTH = TOKENIZER.max_length
@@ -69,3 +69,15 @@ def test_a_prompt_that_is_too_long_is_cut_or_refused():
     assert sd_prompt(encoder(4), text)["context"].shape == (1, LENGTH, 4)
     with pytest.raises(ValueError, match="is longer than 16; truncate=True cuts it"):
         sd_prompt(encoder(4, truncate=False), text)
+
+
+def test_what_is_no_text_and_what_is_no_tower_is_told():
+    one = encoder(4)
+    for texts in ([], None, [3]):
+        for weighted in (False, True):
+            with pytest.raises(ValueError, match=r"texts=.*: expected a text, or a list of them"):
+                sd_prompt(one, texts, weighted=weighted)
+    t5 = one._replace(model=one.model._replace(config={"architectures": ["T5EncoderModel"]}))
+    for made in (lambda: sd_prompt(t5, ""), lambda: sdxl_prompt(t5, one, ""), lambda: flux_prompt(t5, one, "")):
+        with pytest.raises(ValueError, match="a T5EncoderModel in the place of CLIP's text tower"):
+            made()
