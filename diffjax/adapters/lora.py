@@ -140,8 +140,8 @@ def _check_targets(targets, names):
         raise ValueError("lora: no targets; expected regexes over the names of kernels, such as r'to_(q|k|v)/kernel$'")
     for target in targets:
         if not any(re.search(target, text) for name, layers in names.items() for text in (name, *layers)):
-            known = ", ".join(list(names)[:5])
-            raise ValueError(f"lora: target {target!r} fits no kernel; there are {known}, ...{nearest(target, names)}")
+            known = f"there are {', '.join(list(names)[:5])}, ..." if names else "this network has none"
+            raise ValueError(f"lora: target {target!r} fits no kernel; {known}{nearest(target, names)}")
 
 
 def _layer(targets, names, ranks, alphas):
