@@ -124,7 +124,8 @@ class ControlNet(nnx.Module):
         self.time_proj = condition.time_proj(unet, rngs=rngs)
         self.time_embedding = condition.time_embedding(unet, **given)
         self.encoder_hid_proj = condition.encoder_hid_proj(unet, **given)
-        self.class_embedding = condition.class_embedding(unet, **given)
+        # Not that of the U-Net, whose own has `act_fn`.
+        self.class_embedding = condition.class_embedding(unet, activation="silu", **given)
         self.add_embedding = condition.add_embedding(unet, **given)
         embedding = c.conditioning_channels, c.conditioning_embedding_out_channels, widths[0]
         self.controlnet_cond_embedding = PictureEmbedding(*embedding, **given)

@@ -93,13 +93,14 @@ def encoder_hid_proj(c: Any, *, compute: Compute, rngs) -> nnx.Module | None:
     return tokens(c.encoder_hid_dim, c.cross_attention_dim, compute=compute, rngs=rngs)
 
 
-def class_embedding(c: Any, *, compute: Compute, rngs) -> nnx.Module | None:
-    """What is made of labels, or of what stands in their place."""
+def class_embedding(c: Any, *, activation: str | None = None, compute: Compute, rngs) -> nnx.Module | None:
+    """What is made of labels, or of what stands in their place; `activation` of a time among these, by default that of
+    the network's own time."""
     kind, width, given = c.class_embed_type, temb_width(c), dict(compute=compute, rngs=rngs)
     if kind is None and c.num_class_embeds is not None:
         return Embedding(c.num_class_embeds, width, **given)
     if kind == "timestep":
-        return Projection(_wave_count(c), width, activation=c.act_fn, **given)
+        return Projection(_wave_count(c), width, activation=activation or c.act_fn, **given)
     if kind == "projection":
         return Projection(c.projection_class_embeddings_input_dim, width, **given)
     if kind == "simple_projection":

@@ -21,7 +21,13 @@ def _controlnet(batch=2, size=8, guess=False, **config):
         "picture": ("normal", (batch, times * size, times * size, config.get("conditioning_channels", 3))),
         "guess": ("value", guess),
     }
-    if config.get("num_class_embeds"):
+    labels = config.get("class_embed_type")
+    if labels == "timestep":
+        inputs["y"] = ("times", batch)
+    elif labels:
+        widths = dict(identity=4 * config["block_out_channels"][0], projection=30)
+        inputs["y"] = ("normal", (batch, widths[labels]))
+    elif config.get("num_class_embeds"):
         inputs["y"] = ("integers", (batch,), config["num_class_embeds"])
     if config.get("addition_embed_type") == "text_time":
         inputs |= {"pooled": ("normal", (batch, 6)), "time_ids": ("integers", (batch, 6), 1024)}
@@ -77,7 +83,7 @@ def random_case(rng):
             channels=tuple(widths), num_res_blocks=int(rng.integers(1, 4)), adapter_type=kind,
             downscale_factor=pick(4, 8), in_channels=pick(1, 3), size=pick(32, 40, 48),
         )  # fmt: skip
-    order = pick("rgb", "bgr")
+    order, labels = pick("rgb", "bgr"), pick(None, None, "timestep", "identity", "projection")
     config = SMALL | dict(
         down_block_types=tuple(pick("CrossAttnDownBlock2D", "DownBlock2D") for _ in range(2)),
         layers_per_block=pick(1, 2),
@@ -91,6 +97,8 @@ def random_case(rng):
         act_fn=pick("silu", "gelu"),
         resnet_time_scale_shift=pick("default", "scale_shift"),
         num_class_embeds=pick(None, 4),
+        class_embed_type=labels,
+        projection_class_embeddings_input_dim=30,
     )
     config |= pick({}, XL)
     return _controlnet(guess=order == "bgr", **config)
