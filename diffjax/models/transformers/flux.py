@@ -19,6 +19,7 @@ from flax import nnx
 
 from diffjax.core.types import Model
 from diffjax.models import settings
+from diffjax.models.checks import check_least
 from diffjax.nn import (
     Compute,
     Linear,
@@ -380,5 +381,6 @@ def flux_transformer(config: Mapping[str, Any], **how) -> Model:
     """
     c = settings.read(KIND, Settings, config)
     check_axes(KIND, c)
+    check_least(KIND, 1, out_channels=settings.channels_out(c))
     make = lambda compute, rngs: FluxTransformer(c, compute=compute, rngs=rngs)
     return settings.model(KIND, config, make, settings.how(KIND, **how), RULES)
