@@ -43,6 +43,7 @@ def test_it_is_the_network_of_today(config, kind, tmp_path):
         (dict(attention_type="gated"), "attention_type='gated' is not supported"),
         (dict(cross_attention_dim=9), "cross_attention_dim=9 is not that of the projected text"),
         (dict(attention_head_dim=5), "num_attention_heads . attention_head_dim = 15: positions need a multiple of 4"),
+        (dict(DIT, sample_size=128), "sample_size=128 is not supported with norm_type='ada_norm_zero'"),
         (dict(sample_size=128, attention_head_dim=4, num_attention_heads=1, cross_attention_dim=4), "a multiple of 3"),
     ],
 )

@@ -37,6 +37,12 @@ def transformer_2d(config: Mapping[str, Any], **how) -> Model:
     norm_type = config.get("norm_type", "layer_norm")
     check_name(KIND, "norm_type", norm_type, KINDS)
     make, made_of = KINDS[norm_type]
+    size = config.get("sample_size")
+    if norm_type == "ada_norm_zero" and isinstance(size, int) and size >= 128:
+        raise ValueError(
+            f"{KIND}: sample_size={size} is not supported with norm_type={norm_type!r}: from 128 on this class divides "
+            "its positions, DiTTransformer2DModel does not; name that one if it is meant"
+        )
     known = {field.name for field in dataclasses.fields(made_of)}
     kept = {k: v for k, v in config.items() if k in known or k not in SILENT or v != SILENT[k]}
     return make(kept, **how)._replace(config={"_class_name": KIND, **config})
