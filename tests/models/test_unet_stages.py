@@ -11,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from diffjax.models import from_config
 from diffjax.models.unets.blocks import MidStage, Stage
 from diffjax.nn import Compute, functional
+from diffjax.nn.functional import names_of
 
 
 def products(jaxpr, inside=False):
@@ -95,6 +96,15 @@ SIMPLE = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
 def test_settings_that_make_no_stages(change, message):
     with pytest.raises(ValueError, match=message):
         from_config((TINY if "_class_name" not in change else {}) | change)
+
+
+def test_a_transformer_may_have_no_layers():
+    model = from_config(dict(TINY, transformer_layers_per_block=(0, 1)))
+    names = names_of(jax.eval_shape(model.init, jax.random.key(0)))
+    assert "down_blocks/0/attentions/0/proj_out/kernel" in names
+    assert {name.partition("/attn")[0] for name in names if "/attn1/" in name} == {
+        "mid_block/attentions/0/transformer_blocks/0:1"
+    }
 
 
 LABELS = "class_embed_type=None, num_class_embeds=None"

@@ -388,4 +388,4 @@ def _check_depths(kind: str, c: Settings) -> None:
             if isinstance(depth, tuple) and len(depth) < wanted:
                 raise ValueError(f"{kind}: {name}={depths!r}: {depth!r} is for a stage of {wanted} layers")
             for n in depth if isinstance(depth, tuple) else (depth,):
-                check_least(kind, 1, **{name: n})
+                check_least(kind, 0, **{name: n})

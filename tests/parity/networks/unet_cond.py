@@ -120,7 +120,7 @@ def random_case(rng):
         norm_num_groups=pick(4, 8),
         layers_per_block=pick(1, 2, tuple(int(rng.integers(1, 3)) for _ in range(count))),
         attention_head_dim=pick(2, 4, tuple(int(rng.choice([2, 4])) for _ in range(count))),
-        transformer_layers_per_block=pick(1, 2, tuple(int(rng.integers(1, 3)) for _ in range(count))),
+        transformer_layers_per_block=pick(1, 2, tuple(int(rng.integers(0, 3)) for _ in range(count))),
         down_block_types=tuple(
             pick("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D", "SimpleCrossAttnDownBlock2D",
                  "ResnetDownsampleBlock2D", "AttnDownBlock2D") for _ in range(count)
