@@ -37,6 +37,11 @@ DEFAULTS = {
     "t5": dict(unk_token="<unk>", eos_token="</s>", pad_token="<pad>"),
 }
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# How a token is found in a text: with the spaces beside it, in the normalised text, as a whole word alone.
+WAYS = ("lstrip", "rstrip", "normalized", "single_word")
+# Settings of BERT by their names in the package.
+BERT = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "handle_chinese_chars"}  # fmt: skip
 # The words of CLIP: what the text is split into before pairs are merged.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -170,10 +175,11 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
     It is read from the first of these files that is there: `tokenizer.json`; `spiece.model` (T5); `vocab.json` and
     `merges.txt` (CLIP if words end in `</w>`, else GPT-2); `vocab.txt` (BERT). Special tokens and the longest text come
-    from `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`, where these are.
+    from `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`, where these are; beside a
+    `tokenizer.json` the settings of BERT's normalisation and of GPT-2's first space count as well.
 
     Raises:
-      ValueError: for files that are damaged or do not fit together.
+      ValueError: for files that are damaged or do not fit together, and settings that are not supported.
       FileNotFoundError: for a folder without a tokenizer.
       ModuleNotFoundError: if the package that reads the file is not installed.
     """
@@ -192,11 +198,10 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     package = require(name, name, "text")
     try:
         if found[0] == "spiece.model":
-            return _sentencepiece(package, folder / found[0], config)
+            return _sentencepiece(package, folder / found[0], config, added)
         reader = {"tokenizer.json": _whole_file, "vocab.json": _pairs, "vocab.txt": _wordpiece}[found[0]]
         tokenizer, kind = reader(package, folder, config)
-        names = {name: _content(config[name]) for name in NAMES if config.get(name) is not None}
-        names = {name: token for name, token in DEFAULTS.get(kind, {}).items() if name not in config} | names
+        names = _names(config, kind)
         _add_tokens(package, folder, tokenizer, names, config, added)
         if kind is not None:
             _surround(package, tokenizer, names, config, kind)
@@ -214,10 +219,12 @@ def _check_config(folder: Path, config: dict[str, Any], added: dict[str, Any]) -
     several = lambda value: isinstance(value, list | dict) and all(map(token, _listed(value)))
     table = lambda value: isinstance(value, dict) and all(map(_numbered, value.items()))
     rules = {
-        **{name: (token, "a token") for name in NAMES}, "model_max_length": (length, "a number of tokens"),
+        **{name: (token, "a token") for name in NAMES},
+        **dict.fromkeys(("model_max_length", "max_len"), (length, "a number of tokens")),
         "extra_ids": (lambda n: type(n) is int and 0 <= n <= MOST_EXTRA, f"a number up to {MOST_EXTRA}"),
         "additional_special_tokens": (several, "tokens"), "extra_special_tokens": (several, "tokens"),
         "added_tokens_decoder": (table, "tokens by their ids"),
+        "split_special_tokens": (lambda value: value is False, "False: special tokens are found in a text"),
     }  # fmt: skip
     for name, (fits, wanted) in rules.items():
         if config.get(name) is not None and not fits(config[name]):
@@ -240,10 +247,38 @@ def _listed(tokens: list | dict) -> list:
     return [*tokens.values()] if isinstance(tokens, dict) else tokens
 
 
+def _names(config, kind):
+    """The special tokens by their names, in the order of `NAMES`; those that the files set to null are left out."""
+    given = {name: _content(config[name]) for name in NAMES if config.get(name) is not None}
+    given |= {name: token for name, token in DEFAULTS.get(kind, {}).items() if name not in config}
+    return {name: given[name] for name in NAMES if name in given}
+
+
+def _more(config):
+    """The special tokens without one of these names: such as `image_token` of a model, and those without any."""
+    own = (config[key] for key in config if key.endswith("_token") and key not in NAMES)
+    more = _listed(config.get("extra_special_tokens") or config.get("additional_special_tokens") or [])
+    return [*(token for token in own if isinstance(_content(token), str)), *more]
+
+
 def _whole_file(package, folder, config):
+    """`tokenizer.json`; what `config` lacks is put there, and what its class takes from there counts."""
     tokenizer = package.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for held, side in ((tokenizer.padding, "padding_side"), (tokenizer.truncation, "truncation_side")):
+        config.setdefault(side, held["direction"] if held else "right")
+    if tokenizer.padding:
+        config.setdefault("pad_token", tokenizer.padding["pad_token"])
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    kind = str(config.get("tokenizer_class"))
+    if kind.startswith("BertTokenizer") and isinstance(tokenizer.normalizer, package.normalizers.BertNormalizer):
+        for name, attribute in BERT.items():
+            if name in config:
+                setattr(tokenizer.normalizer, attribute, config[name])
+    if kind.startswith("GPT2Tokenizer") and isinstance(tokenizer.pre_tokenizer, package.pre_tokenizers.ByteLevel):
+        tokenizer.pre_tokenizer.add_prefix_space = bool(
+            config.get("add_prefix_space", tokenizer.pre_tokenizer.add_prefix_space)
+        )
     return tokenizer, None
 
 
@@ -295,10 +330,11 @@ def _wordpiece(package, folder, config):
 def _add_tokens(package, folder, tokenizer, names, config, added):
     """Makes the special tokens ones that are found in a text before it is split."""
     tokens = {}
-    for name in names.values():
-        tokens.setdefault(name, dict(special=True))
-    for name in _listed(config.get("additional_special_tokens") or config.get("extra_special_tokens") or []):
-        tokens.setdefault(_content(name), dict(special=True))
+    for name, token in names.items():
+        # One that has several names is found as its last one is.
+        tokens[token] = dict(special=True, **_ways(config.get(name)))
+    for token in _more(config):
+        tokens.setdefault(_content(token), dict(special=True, **_ways(token)))
     tokens |= {name: dict(special=False, normalized=True) for name in added if name not in tokens}
     ids = dict(added)
     for number, entry in (config.get("added_tokens_decoder") or {}).items():
@@ -307,9 +343,11 @@ def _add_tokens(package, folder, tokenizer, names, config, added):
     # Those that are not in the vocabulary have their ids by the order in which they are added.
     for name in sorted(tokens, key=lambda name: ids.get(name, -1)):
         tokenizer.add_tokens([package.AddedToken(name, **tokens[name])])
-        if name in ids and tokenizer.token_to_id(name) != ids[name]:
-            held = tokenizer.token_to_id(name)
-            raise ValueError(f"{folder}: token {name!r} has the id {ids[name]} in one file, and {held} in the others")
+    _check_ids(folder, ids, {name: tokenizer.token_to_id(name) for name in ids})
+
+
+def _ways(token):
+    return {name: token[name] for name in WAYS if name in token} if isinstance(token, dict) else {}
 
 
 def _surround(package, tokenizer, names, config, kind):
@@ -346,7 +384,7 @@ def _of_package(tokenizer, names, config):
 
 
 def _tokenizer(encode, decode, prefix, suffix, ids, size, config):
-    longest = config.get("model_max_length")
+    longest = config.get("model_max_length", config.get("max_len"))
     return Tokenizer(
         encode, decode, prefix, suffix,
         bos=ids.get("bos_token", ids.get("cls_token")),
@@ -360,33 +398,39 @@ def _tokenizer(encode, decode, prefix, suffix, ids, size, config):
     )  # fmt: skip
 
 
-def _sentencepiece(package, path, config):
+def _sentencepiece(package, path, config, added):
     """T5 (unigrams: Kudo 2018, arXiv:1804.10959), whose sentinels `<extra_id_0>`, ... have the last ids, backwards."""
     try:
         model = package.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path}: no model of sentencepiece: {str(error)[:200]}") from error
-    names = DEFAULTS["t5"] | {name: _content(config[name]) for name in NAMES if config.get(name) is not None}
-    more = [_content(token) for token in _listed(config.get("additional_special_tokens") or [])]
+    names, more = _names(config, "t5"), [_content(token) for token in _more(config)]
     count = sum(token.startswith("<extra_id_") for token in more) or config.get("extra_ids", 100)
     sentinels = [f"<extra_id_{i}>" for i in range(count)]
     ids = {model.id_to_piece(i): i for i in range(len(model))}
-    for token in (*reversed(sentinels), *names.values(), *more):
+    entries = config.get("added_tokens_decoder") or {}
+    for entry in entries.values():
+        if entry.get("single_word"):
+            raise ValueError(f"{path}: single_word=True of {entry['content']!r} is not supported; supported: False")
+    told = added | {entry["content"]: int(number) for number, entry in entries.items()}
+    for token in (*reversed(sentinels), *sorted(told, key=told.get), *names.values(), *more):
         ids.setdefault(token, len(ids))
-    special = {token: ids[token] for token in (*names.values(), *sentinels, *more) if token}
-    tokens = {i: token for token, i in special.items()}
-    # Special tokens in a text are themselves, the longest first where several fit.
-    regex = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+    _check_ids(path.parent, told, ids)
+    special = {*names.values(), *sentinels, *more, *(e["content"] for e in entries.values() if e.get("special"))}
+    # Added tokens in a text are themselves, the longest first where several fit.
+    found = {token: ids[token] for token in special | told.keys() if token}
+    tokens = {i: token for token, i in found.items()}
+    regex = re.compile("(" + "|".join(map(re.escape, sorted(found, key=len, reverse=True))) + ")")
 
     def encode(texts):
         parts = [[part for part in regex.split(text) if part] for text in texts]
-        return [[i for p in row for i in ([special[p]] if p in special else model.encode(p))] for row in parts]
+        return [[i for p in row for i in ([found[p]] if p in found else model.encode(p))] for row in parts]
 
     def decode(ids, skip_special=True):
         parts: list[Any] = []
         for i in map(int, ids):
             if i in tokens:
-                parts += [] if skip_special else [tokens[i]]
+                parts += [] if skip_special and tokens[i] in special else [tokens[i]]
             elif parts and isinstance(parts[-1], list):
                 parts[-1].append(i)
             else:
@@ -394,7 +438,17 @@ def _sentencepiece(package, path, config):
         return " ".join(part if isinstance(part, str) else model.decode(part) for part in parts)
 
     named = {name: ids[token] for name, token in names.items()}
-    return _tokenizer(encode, decode, (), (named["eos_token"],), named, len(ids), config)
+    suffix = (named["eos_token"],) if "eos_token" in named else ()
+    return _tokenizer(encode, decode, (), suffix, named, len(ids), config)
+
+
+def _check_ids(folder, told, ids):
+    """Raises `ValueError` for a token whose id in one file is not that of the others."""
+    for token, number in told.items():
+        if ids[token] != number:
+            raise ValueError(
+                f"{folder}: token {token!r} has the id {number} in one file, and {ids[token]} in the others"
+            )
 
 
 def _content(token: Any) -> str | None:

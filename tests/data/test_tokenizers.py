@@ -130,6 +130,86 @@ def test_tokens_that_were_added_have_the_ids_of_their_file(tmp_path):
     assert tokenizer.encode(["a<second> <first>"])[0][1:] == [261, 260] and tokenizer.size == 262
 
 
+def edited(name, tmp_path, file="tokenizer_config.json", **settings):
+    """A tokenizer with other settings in one of its files."""
+    folder = shutil.copytree(GOLDEN / name, tmp_path / name, dirs_exist_ok=True)
+    held = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps(held | settings))
+    return load_tokenizer(folder)
+
+
+def test_sides_of_padding_and_cutting_are_those_of_the_whole_file_where_the_settings_are_silent(tmp_path):
+    padding = dict(direction="Left", pad_to_multiple_of=None, pad_id=0, pad_type_id=0, pad_token="[PAD]")
+    padding["strategy"] = "BatchLongest"
+    cut = {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = edited("bert-json", tmp_path, "tokenizer.json", padding=padding, truncation=cut)
+    found = tokenizer(["a", "a b c d e f"], length=6)
+    assert found.mask.tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6] and tokenizer.decode(found.ids[1]) == "c d e f"
+    right = edited("bert-json", tmp_path, padding_side="right", truncation_side="right")
+    assert not right.pad_left and not right.cut_left
+
+
+@pytest.mark.parametrize("setting", ["do_lower_case", "strip_accents", "tokenize_chinese_chars"])
+def test_settings_of_bert_count_beside_its_whole_file(setting, tmp_path):
+    texts, settings = ["Hello café 日本語"], {setting: False}
+    whole = edited("bert-json", tmp_path, tokenizer_class="BertTokenizer", **settings)
+    assert whole.encode(texts) == edited("bert", tmp_path, **settings).encode(texts)
+    assert whole.encode(texts) != load_tokenizer(GOLDEN / "bert").encode(texts)
+
+
+def test_space_in_front_of_gpt2_counts_beside_its_whole_file(tmp_path):
+    package = pytest.importorskip("tokenizers")
+    whole = package.Tokenizer(package.models.BPE(vocab={"a": 0, "Ġ": 1}, merges=[]))
+    whole.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.save(str(tmp_path / "tokenizer.json"))
+    for kind, ids in (("GPT2TokenizerFast", [1, 0]), ("PreTrainedTokenizerFast", [0])):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class=kind, add_prefix_space=True)))
+        assert load_tokenizer(tmp_path).encode(["a"]) == [ids]
+
+
+def test_special_tokens_are_found_as_their_files_say(tmp_path):
+    xl = load_tokenizer(GOLDEN / "clip-xl")  # whose end is looked for in the text in small letters
+    assert xl.eos in xl.encode(["a<|EndOfText|>b"])[0]
+    new = dict(content="<new>", lstrip=True, rstrip=False, normalized=False, single_word=False)
+    wide = edited("gpt2", tmp_path, "special_tokens_map.json", pad_token=new, additional_special_tokens=["<two>"])
+    a, b = wide.encode(["a", "b "])
+    assert wide.encode(["a <new>b <two>"]) == [[*a, wide.pad, *b, wide.pad + 1]]
+    named = edited("gpt2", tmp_path, image_token="<img>")
+    assert named.encode(["<img>"]) == [[wide.pad + 1]]  # before those without a name
+
+
+def test_tokens_that_were_added_to_t5(tmp_path):
+    plain = load_tokenizer(GOLDEN / "t5")
+    entry = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=False)
+    table = {str(plain.size): dict(content="<new>", **entry), "0": dict(content="<pad>", **entry | {"special": True})}
+    tokenizer = edited("t5", tmp_path, added_tokens_decoder=table, extra_special_tokens=["<two>"])
+    ids = tokenizer.encode(["a<new> horse <two>"])[0]
+    assert [ids[1], ids[-1], tokenizer.size] == [plain.size, plain.size + 1, plain.size + 2]
+    assert tokenizer.decode(ids) == "a <new> horse" and tokenizer.decode(ids, skip_special=False).endswith("<two>")
+    with pytest.raises(ValueError, match="'<new>' has the id 7 in one file, and 205 in the others"):
+        edited("t5", tmp_path, "added_tokens.json", **{"<new>": 7})
+    word = {str(plain.size): dict(content="<new>", **entry | {"single_word": True})}
+    with pytest.raises(ValueError, match="single_word=True of '<new>' is not supported"):
+        edited("t5", tmp_path, added_tokens_decoder=word)
+
+
+def test_tokens_that_are_null_are_none(tmp_path):
+    tokenizer = edited("t5", tmp_path, pad_token=None, eos_token=None)
+    assert tokenizer.pad is None and tokenizer.suffix == ()
+
+
+def test_longest_text_under_its_older_name(tmp_path):
+    shutil.copy(GOLDEN / "bert" / "vocab.txt", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"max_len": 7}')
+    assert load_tokenizer(tmp_path).max_length == 7
+
+
+@pytest.mark.parametrize("name", ["clip", "t5"])
+def test_special_tokens_that_are_not_looked_for_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match="split_special_tokens=True; expected False"):
+        edited(name, tmp_path, split_special_tokens=True)
+
+
 @pytest.mark.parametrize("name", ["clip", "gpt2", "t5"])
 def test_learned_words_are_their_ids(name):
     plain = load_tokenizer(GOLDEN / name)
