@@ -205,8 +205,9 @@ def test_settings_of_t5_in_the_file_replace_what_its_name_of_the_perceptron_says
     assert any(name.endswith("wi_0/kernel") for name in names)
 
 
-def test_padding_of_bert_is_not_trained():
-    model = network("BertModel", pad_token_id=3)
+@pytest.mark.parametrize("pad", [3, -17])  # of 20
+def test_padding_of_bert_is_not_trained(pad):
+    model = network("BertModel", pad_token_id=pad)
     loss = lambda params: model.apply(params, np.array([[3, 4, 3]])).last[0, 0, 0]
     found = jax.jit(jax.grad(loss))(drawn(model))["embeddings"]["word_embeddings"]["embedding"]
     assert not np.any(found[3]) and np.any(found[4])

@@ -110,8 +110,8 @@ class Bert(nnx.Module):
         e, bias = self.embeddings, mask_bias(mask, HIDDEN)
         x = e["word_embeddings"](ids)
         if self.c.pad_token_id is not None:
-            # The row of padding is not trained.
-            x = jnp.where((ids == self.c.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
+            # The row of padding is not trained; a negative one is counted from the last row on.
+            x = jnp.where((ids == self.c.pad_token_id % self.c.vocab_size)[..., None], jax.lax.stop_gradient(x), x)
         x = x + e["token_type_embeddings"](jnp.zeros_like(ids) if types is None else types)
         x = tap("tokens", e["LayerNorm"](x + e["position_embeddings"](jnp.arange(ids.shape[1]))))
 
