@@ -267,6 +267,16 @@ def test_patterns_are_names_or_their_ends(pattern, alpha, model, tmp_path):
     assert adapter.layers == (("proj_out_1/kernel", ((2, float(alpha)),)),)
 
 
+@pytest.mark.parametrize("pattern", ["proj.out.1", "^proj.out_1", "x.proj_out_1", "j.out_1"])
+def test_patterns_that_fit_as_regexes_alone_are_refused(pattern, model, tmp_path):
+    path = written(tmp_path / "a.safetensors", PEFT, {"lora_alpha": 8, "alpha_pattern": {pattern: 5}})
+    if re.match(rf"(.*\.)?({pattern})$", "proj_out_1"):  # peft.utils.other.get_pattern_key
+        with pytest.raises(WeightsError, match="alpha_pattern has '.*', which as a regex fits 'proj_out_1'"):
+            load_lora(path, model)
+    else:
+        assert load_lora(path, model).layers == (("proj_out_1/kernel", ((2, 8.0),)),)
+
+
 def test_peft_finds_the_same_alphas():
     patterns = {"^blocks.1.to_q": 1, "to_k": 2, r"^blocks\.2\.to_q$": 3, "1.to_v": 4, "2.to_k": 5, "q": 6}
     found = config_of(Path("a"), {"lora_alpha": 7, "alpha_pattern": patterns}, None)

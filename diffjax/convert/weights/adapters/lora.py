@@ -75,8 +75,10 @@ def load_lora(
     spelled = spellings(targets, model.config)
     keys = chosen(file, [taken_apart(file, key, spelled) for key in tensors], component)
     config = config_of(file, settings, next((key.component for key in keys if key.component), component))
+    found = matched(file, keys, spelled)
+    config.check_names(file, [slots["a"].names[-1] for slots in found.values()])
     factors: dict[str, Factors] = {}
-    for meaning, slots in matched(file, keys, spelled).items():
+    for meaning, slots in found.items():
         factors |= _factors(file, meaning, slots, tensors, targets, config)
     return _adapter(factors, targets, config.use_rslora, param_dtype)
 

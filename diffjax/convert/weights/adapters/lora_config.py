@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ PLAIN = {
 }  # fmt: skip
 # peft takes any regex for the end of a module's name; those that it and diffusers write are names.
 PATTERN = re.compile(r"(\^?)((?:\w|\.|\\\.)+)\$?")
+MOST_LOOSE = 1000  # names of other modules than those of the file
 
 
 class Config(NamedTuple):
@@ -45,9 +46,25 @@ class Config(NamedTuple):
 
     def alpha_of(self, module: str) -> float | None:
         """That of a module, by its name in the file; None if nothing is said of it."""
-        parts = module.split(".")
-        ends = [(True, module), *((False, ".".join(parts[i:])) for i in range(len(parts)))]
-        return min((self.alphas[end] for end in ends if end in self.alphas), default=(0, self.alpha))[1]
+        return min((self.alphas[end] for end in _ends(module) if end in self.alphas), default=(0, self.alpha))[1]
+
+    def check_names(self, file: Path, modules: Collection[str]) -> None:
+        """Raises `WeightsError` for a name that fits none of these modules but as a regex, whose dots are any sign."""
+        used = {end for module in modules for end in _ends(module)}
+        loose = [(whole, name) for whole, name in self.alphas if "." in name and (whole, name) not in used]
+        if len(loose) > MOST_LOOSE:
+            raise WeightsError(f"{file}: alpha_pattern has {len(loose)} names that are of none of its modules")
+        for whole, name in loose:
+            regex = re.compile(("" if whole else r"(?:.*\.)?") + name)
+            if fits := next(filter(regex.fullmatch, modules), None):
+                told = f"{shown(name)}, which as a regex fits {shown(fits)}; write the name of the module"
+                raise WeightsError(f"{file}: alpha_pattern has {told}")
+
+
+def _ends(module: str) -> list[tuple[bool, str]]:
+    """What may stand for a module: its whole name, and the ends of it."""
+    parts = module.split(".")
+    return [(True, module), *((False, ".".join(parts[i:])) for i in range(len(parts)))]
 
 
 def opened(path: Path) -> tuple[Path, dict[str, Any]]:
