@@ -54,7 +54,10 @@ def theirs(module, given):
     longs = {k: v.long() if not v.is_floating_point() else v for k, v in given.items()}
     added = {"text_embeds": longs.get("pooled"), "time_ids": longs.get("time_ids")} if "pooled" in given else None
     call = dict(class_labels=longs.get("y"), added_cond_kwargs=added, guess_mode=bool(given["guess"]))
+    # PyTorch's class casts the waves of a time, and not those of a time among the labels.
+    cast = module.time_proj.register_forward_hook(lambda _, __, waves: waves.to(module.dtype))
     out = module(nchw(given["x"]), longs["t"], given["context"], nchw(given["picture"]), conditioning_scale=0.7, **call)
+    cast.remove()
     down = {f"down{i}": nhwc(a) for i, a in enumerate(out.down_block_res_samples)}
     return down | {"mid": nhwc(out.mid_block_res_sample)}
 
