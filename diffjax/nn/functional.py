@@ -94,7 +94,8 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module], param_dtype: Any = None) 
 
     def apply(params: dict, *inputs, method: str | None = None, **settings):
         check_params(params, shapes)
-        module = nnx.merge(graph, params, rest)
+        # Rules of differentiation take no arrays of numpy.
+        module = nnx.merge(graph, jax.tree.map(jnp.asarray, params), rest)
         return (getattr(module, method) if method else module)(*inputs, **settings)
 
     return Functional(init, apply, shapes, fixed)

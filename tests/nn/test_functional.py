@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffjax.nn import Fixed, functional, rngs_of
+from diffjax.nn import Fixed, Linear, functional, rngs_of
 
 
 class Net(nnx.Module):
@@ -48,6 +48,13 @@ def test_insertion_order_of_the_dict_does_not_matter(net, params):
     x = jnp.ones((2, 3))
     backwards = {"layers": dict(reversed(params["layers"].items()))}
     np.testing.assert_array_equal(net.apply(backwards, x), net.apply(params, x))
+
+
+def test_arrays_of_numpy_are_parameters_too():
+    layer = functional(lambda rngs: Linear(3, 2, dtype=jnp.float32, rngs=rngs))
+    params = {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    out = jax.jit(lambda x: layer.apply(params, x))(jnp.ones((1, 3)))
+    np.testing.assert_array_equal(out, [[3, 3]])
 
 
 def test_shapes_say_what_init_returns(net, params):
