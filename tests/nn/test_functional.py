@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffjax.nn import Fixed, Linear, functional, rngs_of
+from diffjax.nn import Fixed, Linear, functional, rngs_of, stack
 
 
 class Net(nnx.Module):
@@ -50,11 +50,20 @@ def test_insertion_order_of_the_dict_does_not_matter(net, params):
     np.testing.assert_array_equal(net.apply(backwards, x), net.apply(params, x))
 
 
+class Two(nnx.Module):
+    """Two stacked layers, each on an input of its own."""
+
+    def __init__(self, rngs):
+        self.layers = stack(lambda rngs: Linear(3, 2, dtype=jnp.float32, rngs=rngs), 0, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return jax.vmap(lambda layer, x: layer(x))(self.layers["0:2"], x)
+
+
 def test_arrays_of_numpy_are_parameters_too():
-    layer = functional(lambda rngs: Linear(3, 2, dtype=jnp.float32, rngs=rngs))
-    params = {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)}
-    out = jax.jit(lambda x: layer.apply(params, x))(jnp.ones((1, 3)))
-    np.testing.assert_array_equal(out, [[3, 3]])
+    two = functional(lambda rngs: Two(rngs))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), two.shapes)
+    np.testing.assert_array_equal(jax.jit(lambda x: two.apply(params, x))(jnp.ones((2, 3))), 4)
 
 
 def test_shapes_say_what_init_returns(net, params):
