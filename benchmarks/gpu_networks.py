@@ -12,13 +12,12 @@ PyTorch.
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from processes import alone
 
 RESULTS = Path(__file__).parent / "results" / "gpu_networks.json"
 SDXL = dict(
@@ -152,18 +151,6 @@ def describe(setting):
     return {"class": setting["kind"], "config": setting["config"], "batch_size": setting["batch"]}
 
 
-def alone(setting, arguments):
-    """`measure` in another process; a row with an error where it fails, as for want of memory."""
-    command = [sys.executable, __file__, "--one", json.dumps(setting), f"--steps={arguments.steps}"]
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | os.environ
-    done = subprocess.run(command + ["--smoke"] * arguments.smoke, capture_output=True, text=True, env=environment)
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        lines = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE" in line] or ["no output"]
-        return {"network": setting[0], "attention": setting[1], "error": lines[-1][:300]}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
@@ -175,10 +162,11 @@ def main():
     arguments = parser.parse_args()
     if arguments.one:
         return print(json.dumps(measure(*json.loads(arguments.one), steps=arguments.steps, smoke=arguments.smoke)))
-    rows = []
+    rows, flags = [], [f"--steps={arguments.steps}", *["--smoke"] * arguments.smoke]
     for name in arguments.networks:
         for attention in arguments.attention:
-            rows.append(alone((name, attention), arguments))
+            named = {"network": name, "attention": attention}
+            rows.append(named | alone(__file__, (name, attention), *flags))
             print(json.dumps(rows[-1]), flush=True)
             if not arguments.smoke:
                 # After every row: what was measured survives a machine that is taken away.

@@ -11,13 +11,12 @@ is its own peak. MFU is made of the model FLOPs, without what rematerialisation 
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from processes import alone
 
 RESULTS = Path(__file__).parent / "results" / "gpu_train.json"
 # (batch, remat, attention)
@@ -79,18 +78,6 @@ def measure(batch, remat, attention, *, steps, tiny):
     }  # fmt: skip
 
 
-def alone(setting, arguments):
-    """`measure` in another process; a row with an error where it fails, as for want of memory."""
-    command = [sys.executable, __file__, "--one", json.dumps(setting), f"--steps={arguments.steps}"]
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | os.environ
-    done = subprocess.run(command + ["--smoke"] * arguments.smoke, capture_output=True, text=True, env=environment)
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        lines = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE" in line] or ["no output"]
-        return dict(zip(("batch_size", "remat", "attention"), setting, strict=True)) | {"error": lines[-1][:300]}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
@@ -102,10 +89,11 @@ def main():
     if arguments.one:
         setting = json.loads(arguments.one)
         return print(json.dumps(measure(*setting, steps=arguments.steps, tiny=arguments.smoke)))
-    rows = []
+    rows, flags = [], [f"--steps={arguments.steps}", *["--smoke"] * arguments.smoke]
     for setting in SMOKE if arguments.smoke else SWEEP:
         if not arguments.batches or setting[0] in arguments.batches:
-            rows.append(alone(setting, arguments))
+            named = dict(zip(("batch_size", "remat", "attention"), setting, strict=True))
+            rows.append(named | alone(__file__, setting, *flags))
             print(json.dumps(rows[-1]), flush=True)
             if not arguments.smoke:
                 # After every row: what was measured survives a machine that is taken away.

@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -41,6 +40,7 @@ KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from processes import Peer  # noqa: E402
 
 import diffjax as dj  # noqa: E402
 from diffjax.convert import load  # noqa: E402
@@ -150,29 +150,6 @@ class Ours:
         return statistics.median(times)
 
 
-class Peer:
-    """The process of `networks_torch.py`."""
-
-    def __init__(self, python):
-        command = [python, str(HERE / "networks_torch.py"), str(THREADS)]
-        environment = os.environ | KEPT | {"HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, job):
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the PyTorch side ended with {self.process.wait()}")
-        return json.loads(answer)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(60)
-
-
 def measure(setting, peer, rounds, steps):
     """The row of one network."""
     given = drawn(setting["inputs"])
@@ -219,7 +196,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny networks; writes nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "networks.json")
     arguments = parser.parse_args()
-    peer, rows = Peer(arguments.oracle), {}
+    given = {"HF_HUB_OFFLINE": "1", **KEPT}
+    peer, rows = Peer(arguments.oracle, str(HERE / "networks_torch.py"), str(THREADS), environment=given), {}
     for name in arguments.networks:
         setting = quick(name) if arguments.quick else NETWORKS[name]
         rows[name] = measure(setting, peer, arguments.rounds, arguments.steps)

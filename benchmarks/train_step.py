@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ keep_freed_memory()
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
+from processes import Peer  # noqa: E402
 
 import diffjax as dj  # noqa: E402
 from diffjax.train import paths  # noqa: E402
@@ -59,26 +59,6 @@ SMOKE = {
 }  # fmt: skip
 OPTIM = dict(lr=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
 CLASSES = 10
-
-
-class Peer:
-    """The process of `train_step_torch.py`."""
-
-    def __init__(self, python):
-        command = [python, str(HERE / "train_step_torch.py"), str(THREADS)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, job):
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the PyTorch side ended with {self.process.wait()}")
-        return json.loads(answer)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(60)
 
 
 class Ours:
@@ -172,7 +152,8 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="tiny networks; writes nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "train_step.json")
     arguments = parser.parse_args()
-    peer = Peer(arguments.oracle) if arguments.oracle else None
+    torch = arguments.oracle, str(HERE / "train_step_torch.py"), str(THREADS)
+    peer = Peer(*torch) if arguments.oracle else None
     settings = SMOKE if arguments.smoke else NETWORKS
     rows = {}
     for name in arguments.networks:
