@@ -142,7 +142,7 @@ def test_a_published_file_is_taken_as_it_is(name):
 
 
 def call_of(config):
-    """The inputs of a class, of one sample and few pixels, by position and by name; more than it has to have none."""
+    """The inputs of a class, of one sample and few pixels, by position and by name."""
     kind = kind_of(config)
     module = importlib.import_module(NETWORKS[kind].partition(":")[0])
     c = {} if "architectures" in config else {**vars(module.Settings()), **config}
@@ -159,14 +159,16 @@ def call_of(config):
     text = array(7, c.get("encoder_hid_dim") or c.get("cross_attention_dim") or c.get("joint_attention_dim", 0))
     if kind.startswith(("UNet2DCond", "ControlNet")):
         sizes = ((c["projection_class_embeddings_input_dim"] or 2816) - 1280) // 256  # 6, and 5 of the refiner
-        named = dict(context=text, pooled=array(1280), time_ids=array(sizes), image=array(1280))
-        if c["num_class_embeds"]:
-            named["y"] = whole()
+        projection, added = c["encoder_hid_dim_type"], c["addition_embed_type"]
+        named = dict(
+            context=None if projection == "image_proj" else text,
+            pooled=array(1280) if added == "text_time" else None,
+            time_ids=array(sizes) if added == "text_time" else None,
+            y=whole() if c["num_class_embeds"] else None,
+        )
         if kind == "ControlNetModel":
-            named["picture"] = array(8 * side, 8 * side, 3)
-        if c["encoder_hid_dim_type"] == "image_proj":
-            named["context"] = None
-        return (x, t), named
+            return (x, t), named | dict(picture=array(8 * side, 8 * side, 3))
+        return (x, t), named | dict(image=array(1280) if projection == "image_proj" else None)
     if kind == "SD3Transformer2DModel":
         return (x, t, text, array(c["pooled_projection_dim"])), {}
     if kind == "FluxTransformer2DModel":
@@ -196,7 +198,6 @@ def test_the_call_runs_through(name):
         jax.eval_shape(model.init, jax.random.key(0)), inputs, named,
     )  # fmt: skip
     assert jax.tree.leaves(out) and all(leaf.dtype == "float32" for leaf in jax.tree.leaves(out))
-
 
 
 def test_settings_are_copies_and_names_are_checked():
