@@ -29,7 +29,7 @@ RUNS = {
     ],
     "iddpm": [
         "schedule=squared_cosine(num_steps=20)", "head=eps()", "time=discrete(num_steps=20)",
-        "sample.spacing=leading()", "loss.variance=learned_range(steps=20, bins=17)",
+        "sample.spacing=leading()", "loss.variance=learned_range(steps=20, bins=17)", "model.time_scale=1.0",
         "sample.solver=ancestral_ddpm(variance='learned_range')",
     ],
     "vdm": ["schedule=learned(width=8)", "head=v()", "time=stratified()", "weight=elbo()"],
