@@ -46,8 +46,10 @@ def attend(
         return _chunked(q, k, v, scale, bias, causal)
     if q.dtype not in HALVES:
         return _plain(q, k, v, scale, bias, causal)
-    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":
-        # XLA's CPU back end has no products of float16 that add up in float32, which JAX's own asks for.
+    single = q.shape[:3] + k.shape[1:2] == (1, 1, 1, 1)
+    if (q.dtype == jnp.float16 or single) and jax.default_backend() == "cpu":
+        # XLA's CPU back end has no products of float16 that add up in float32, which JAX's own asks for, and with
+        # jaxlib 0.10 none of bfloat16 whose result is a single number.
         return _plain(*map(widen, (q, k, v)), scale, bias, causal).astype(q.dtype)
     bias = None if bias is None else widen(bias)
     return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, is_causal=causal, implementation=implementation)

@@ -30,6 +30,11 @@ def test_attention_in_float16_is_that_of_float32_rounded():
     np.testing.assert_allclose(np.float32(ours), wide, rtol=2**-10, atol=1e-6)
 
 
+def test_attention_of_one_query_to_one_key_is_its_value():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 1, 1, 4), "bfloat16") for i in range(3))
+    np.testing.assert_array_equal(jax.jit(attend)(q, k, v), v)
+
+
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_in_bfloat16_rounds_to_it_where_it_hands_on_alone(scale):
     shapes = (2, 7, 3, 8), (2, 5, 3, 8), (2, 5, 3, 8), (2, 7, 3, 8)
