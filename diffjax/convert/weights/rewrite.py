@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError, some
@@ -18,7 +17,7 @@ from diffjax.convert.weights.originals import survey_original
 from diffjax.convert.weights.originals.save import check_kind, write_original
 from diffjax.convert.weights.places.layout import Place, layout, read, split, type_of
 from diffjax.convert.weights.tensors import Source, Tensor, read_header
-from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
+from diffjax.convert.weights.tensors.dtypes import cast, check_dtype, fitted
 from diffjax.models import NETWORKS
 
 # Whose names the tensors get: those of the checkpoint's class, `a/b/kernel` as in `params.safetensors`, or those of the
@@ -49,7 +48,7 @@ def rewrite(
       progress: called with the bytes written so far, and of all.
 
     Raises:
-      WeightsError: as `load`; or for a target with files in it.
+      WeightsError: as `load`; for a target with files in it; or for numbers that are too large for `dtype`.
       ValueError: for an unknown name, names that this class does not have, an argument that says nothing of this
         source, or the folder of an original checkpoint as target.
       OSError: disk full, folder read-only; what was in `target` is whole.
@@ -142,7 +141,7 @@ def _kept(found: Survey, keys, dtype):
 
 
 def _as_it_is(tensor: Tensor, dtype) -> Source:
-    return Source(dtype, tensor.shape, lambda: tensor.part().astype(dtype, copy=False))
+    return Source(dtype, tensor.shape, lambda: fitted(tensor.part(), dtype))
 
 
 def _renamed(found: Survey, keys, dtype) -> dict[str, Source]:
@@ -171,10 +170,10 @@ def _layer(place: Place, tensor: Tensor, i: int, dtype) -> Callable[[], np.ndarr
 
     def read():
         part = tensor.part((slice(i, i + 1),)) if place.stacked else tensor.part()
-        return next(iter(split(one, part).values())).astype(dtype, copy=False)
+        return fitted(next(iter(split(one, part).values())), dtype)
 
     return read
 
 
 def _whole(place: Place, tensors: Mapping[str, Tensor], dtype) -> Callable[[], np.ndarray]:
-    return lambda: read(place, tensors, (), jnp.dtype(dtype))
+    return lambda: fitted(read(place, tensors, (), type_of(place, tensors, None)), dtype)

@@ -18,7 +18,7 @@ import numpy as np
 from diffjax.convert.weights.errors import WeightsError, some, told_of
 from diffjax.convert.weights.folders.names import PARAMS, STEMS, index_of, is_index, is_of, weights_of
 from diffjax.convert.weights.places.layout import Place, layout, split
-from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
+from diffjax.convert.weights.tensors.dtypes import cast, check_dtype, fitted
 from diffjax.convert.weights.tensors.strict import read_json
 from diffjax.convert.weights.tensors.write import Source, writing
 from diffjax.core.types import Model
@@ -51,7 +51,8 @@ def save(
     Raises:
       ValueError: for a `dtype` that is not of floating point.
       WeightsError: for a network that is of no class of checkpoints, or one with adapters in it; for parameters of
-        another network, of a type that safetensors does not have, or spread over devices of other processes.
+        another network, of a type that safetensors does not have, too large for `dtype`, or spread over devices of
+        other processes.
       OSError: disk full, folder read-only; what was there is whole.
     """
     check_dtype("dtype", dtype)
@@ -98,7 +99,7 @@ def _reader(place: Place, leaf, i: int, dtype) -> Callable[[], np.ndarray]:
         # One layer of a stack; a copy, as JAX keeps what it has brought to the host as long as the array lives.
         part = leaf[i] if place.stacked else jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array) else leaf
         part = np.asarray(part)[None] if place.stacked else np.asarray(part)
-        return next(iter(split(one, part).values())).astype(dtype, copy=False)
+        return fitted(next(iter(split(one, part).values())), dtype)
 
     return read
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.tensors.dtypes import NAMES
+from diffjax.convert.weights.tensors.dtypes import NAMES, TooLarge, fitted
 from diffjax.convert.weights.tensors.strict import shown
 from diffjax.files import replacing
 
@@ -29,7 +29,7 @@ class Source(NamedTuple):
     def of(cls, leaf: Any, dtype: Any = None) -> Source:
         """An array of numpy or JAX, brought to the host when its turn comes; as `dtype` where that is given."""
         kept = np.dtype(leaf.dtype if dtype is None else dtype)
-        return cls(kept, tuple(leaf.shape), lambda: np.asarray(leaf).astype(kept, copy=False))
+        return cls(kept, tuple(leaf.shape), lambda: fitted(np.asarray(leaf), kept))
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +44,8 @@ def writing(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Ma
     that every tensor lies at a multiple of its type's size.
 
     Raises:
-      WeightsError: for a type that the format does not have, or an array that is not what its source says.
+      WeightsError: for a type that the format does not have, an array that is not what its source says, or numbers
+        that are too large for the type that they are cast to.
       OSError: disk full, folder read-only.
     """
     unknown = {name: source.dtype for name, source in tensors.items() if source.dtype not in NAMES}
@@ -65,7 +66,10 @@ def writing(path: str | os.PathLike, tensors: Mapping[str, Source], metadata: Ma
     with replacing(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, source in ordered:
-            array = source.read()
+            try:
+                array = source.read()
+            except TooLarge as error:
+                raise WeightsError(f"{path}: tensor {shown(name)}: {error}") from None
             if (array.shape, array.dtype) != (source.shape, source.dtype):
                 told = f"{array.dtype} {array.shape} instead of {source.dtype} {source.shape}"
                 raise WeightsError(f"{path}: tensor {shown(name)}: {told}")

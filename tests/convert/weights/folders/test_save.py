@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffjax.convert import load, save
-from diffjax.convert.weights import WeightsError
+from diffjax.convert.weights import WeightsError, rewrite
 from diffjax.convert.weights.folders.find import find, read_config
 from diffjax.convert.weights.folders.save import write_folder
 from diffjax.convert.weights.tensors import Source, read_header
@@ -87,6 +87,30 @@ def test_transformers_and_diffusers_have_their_own_names(network, tmp_path):
 def test_saved_in_any_type_of_floating_point(network, tmp_path, dtype):
     save(*network, tmp_path, dtype=dtype)
     same(load(tmp_path)[1], jax.tree.map(lambda a: a.astype(dtype), network[1]))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("way", ["save", "rewrite", "params"])
+def test_numbers_that_a_type_lacks_are_no_infinities(network, tmp_path, way):
+    model, params = network
+    large = np.array(params["proj_out_1"]["bias"])
+    large[:3] = 65536, -1e30, np.inf
+    params = params | {"proj_out_1": params["proj_out_1"] | {"bias": large}}
+    save(model, params, tmp_path / "wide")
+    rewrite(tmp_path / "wide", tmp_path / "half", dtype="bfloat16")
+    before = (tmp_path / "half" / ONE).read_bytes()
+    told = "tensor 'proj_out_1.*bias': 2 of its values are beyond 65504, the largest of float16; take bfloat16 or float"
+    with pytest.raises(WeightsError, match=told):
+        if way == "save":
+            save(model, params, tmp_path / "half", dtype="float16")
+        else:
+            keys = "params" if way == "params" else None
+            rewrite(tmp_path / "wide", tmp_path / "half", dtype="float16", keys=keys, overwrite=True)
+    assert (tmp_path / "half" / ONE).read_bytes() == before
+    # What is infinite already stays so.
+    large[:2] = 0
+    save(model, params, tmp_path / "half", dtype="float16")
+    assert np.count_nonzero(np.isinf(find(tmp_path / "half")["proj_out_1.bias"].part())) == 1
 
 
 @pytest.mark.parametrize("shard_bytes", [20_000, 10**9])
