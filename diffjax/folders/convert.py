@@ -12,8 +12,10 @@ import jax
 
 from diffjax.convert.weights import WeightsError, rewrite, save, save_original
 from diffjax.convert.weights.adapters.lora import lora_file
+from diffjax.convert.weights.errors import some
+from diffjax.convert.weights.folders.find import find
 from diffjax.convert.weights.folders.save import SHARD_BYTES, write_folder
-from diffjax.convert.weights.folders.survey import PIPELINE, components, holds_weights
+from diffjax.convert.weights.folders.survey import PIPELINE, components, holds_weights, missing
 from diffjax.convert.weights.originals import original_components
 from diffjax.convert.weights.rewrite import check_keys, check_target, watched
 from diffjax.convert.weights.tensors import Source
@@ -91,8 +93,14 @@ def _convert_pipeline(source: Path, target: Path, given) -> None:
     check_target(target, given["overwrite"])
     if target.is_dir() and os.path.samefile(source, target):
         raise ValueError(f"{target}: the pipeline itself; name another folder")
-    for name in components(source):
-        if (source / name / "config.json").is_file() and holds_weights(source / name):
+    parts = components(source)
+    if gone := [f"{name} ({told})" for name, kind in parts.items() if (told := missing(source / name, kind))]:
+        raise WeightsError(f"{source}: its {PIPELINE} names parts that are missing: {some(gone)}; fetch them first")
+    networks = [n for n in parts if (source / n / "config.json").is_file() and holds_weights(source / n)]
+    for name in networks:
+        find(source / name, given["variant"])  # nothing is written before all are known to have these files
+    for name in parts:
+        if name in networks:
             rewrite(source / name, target / name, **given)
         else:
             _copy([path for path in (source / name).iterdir() if path.is_file()], target / name)

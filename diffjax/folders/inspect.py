@@ -14,7 +14,7 @@ import numpy as np
 from diffjax.convert.weights.adapters.lora import lora_file, lora_ranks
 from diffjax.convert.weights.errors import printable, some
 from diffjax.convert.weights.folders.find import find
-from diffjax.convert.weights.folders.survey import PIPELINE, Survey, components, survey, unusual
+from diffjax.convert.weights.folders.survey import PIPELINE, Survey, components, missing, survey, unusual
 from diffjax.convert.weights.originals import Contents, original_components, survey_original
 from diffjax.convert.weights.places.layout import type_of
 from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
@@ -92,6 +92,10 @@ def _pipeline(folder, variant, settings):
         raise ValueError(f"{folder}: --mesh needs one network: name its folder, such as {folder / 'unet'}")
     rows, sound, held = [HEAD], True, {}
     for name, kind in components(folder).items():
+        if gone := missing(folder / name, kind):
+            rows.append((name, kind, "", "", f"missing: {gone}"))
+            sound = False
+            continue
         if not (folder / name / "config.json").is_file():
             rows.append((name, kind, "", "", "no network"))
             continue

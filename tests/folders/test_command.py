@@ -111,6 +111,7 @@ def test_values_that_are_no_numbers_are_counted(tmp_path):
 def test_inspect_lists_the_parts_of_a_pipeline(capsys, folder, tmp_path):
     for name, config in {"vae": {"_class_name": "Other"}, "scheduler": None, "broken": {}}.items():
         (tmp_path / name).mkdir()
+        write(tmp_path / name / "model.safetensors", {"a": Source.of(np.zeros(2))}, {})
         if config is not None:
             (tmp_path / name / "config.json").write_text(json.dumps(config))
     (tmp_path / "transformer").symlink_to(folder)
@@ -143,6 +144,25 @@ def test_inspect_lists_the_parts_of_a_pipeline(capsys, folder, tmp_path):
         index.write_text(json.dumps({name: ["a", "B"]}))
         code, out, err = run(capsys, "inspect", tmp_path)
         assert (code, out) == (2, "") and "is no name of a folder inside" in err
+
+
+def test_parts_of_a_pipeline_that_are_missing_are_told(capsys, tmp_path):
+    known = ["diffusers", "DiTTransformer2DModel"]
+    parts = {"unet": known, "transformer": known, "vae": ["diffusers", "Other"], "empty": ["transformers", "Other"]}
+    parts |= {"tokenizer": ["transformers", "T5Tokenizer"], "scheduler": ["diffusers", "DDIM"], "safety": [None, None]}
+    files = {"transformer/readme.txt": "", "vae/config.json": '{"_class_name": "Other"}', "scheduler/a.json": "{}"}
+    files |= {"tokenizer/config.json": '{"architectures": ["Other"]}', "model_index.json": json.dumps(parts)}
+    for name, text in files.items():
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / name).write_text(text)
+    code, out, _ = run(capsys, "inspect", tmp_path / "all")
+    told = {line.split()[0]: line.partition("missing: ")[2] for line in out.splitlines()[2:]}
+    absent, beside = "there is no such folder, or nothing in it", {"scheduler": ""}
+    gone = {"unet": absent, "transformer": "it has no config.json", "vae": "a config without weights", "empty": absent}
+    assert code == 1 and told == gone | beside | {"tokenizer": ""}
+    code, _, err = run(capsys, "convert", tmp_path / "all", tmp_path / "out")
+    named = ", ".join(f"{name} ({what})" for name, what in gone.items())
+    assert code == 2 and f"names parts that are missing: {named}; fetch them" in err and not (tmp_path / "out").exists()
 
 
 def test_convert_changes_type_and_files_and_nothing_else(capsys, folder, tmp_path):

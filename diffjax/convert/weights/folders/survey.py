@@ -27,7 +27,9 @@ from diffjax.nn.functional import names_of
 # Settings that count what is built one by one.
 COUNTS = re.compile("layers|blocks|depth")
 PIPELINE = "model_index.json"
+BESIDE = re.compile("Tokenizer|Scheduler|Processor|FeatureExtractor")  # classes of what is no network
 PIECE = 1 << 22
+LONGEST_NAME = 200  # of a part of a pipeline
 
 
 class Survey(NamedTuple):
@@ -139,7 +141,7 @@ def holds_weights(folder: Path) -> bool:
 
 
 def components(folder: str | os.PathLike) -> dict[str, str]:
-    """The parts of a pipeline with a `model_index.json`, and their classes; those without a folder are left out.
+    """The parts of a pipeline with a `model_index.json`, and their classes; an entry of nulls is none.
 
     Raises:
       WeightsError: if the file is none of a pipeline.
@@ -150,11 +152,21 @@ def components(folder: str | os.PathLike) -> dict[str, str]:
     for name, value in read_json(folder / PIPELINE).items():
         pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
         if pair and not name.startswith("_"):
-            if name != os.path.basename(name) or name in ("", ".", ".."):
+            if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or len(name) > LONGEST_NAME:
                 raise WeightsError(f"{folder / PIPELINE}: {name[:200]!r} is no name of a folder inside")
-            if (folder / name).is_dir():
-                parts[name] = value[1]
+            parts[name] = value[1]
     return parts
+
+
+def missing(folder: Path, kind: str) -> str:
+    """What the folder of a pipeline's part of this class lacks; "" for one that is there."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return "there is no such folder, or nothing in it"
+    has_config = (folder / "config.json").is_file()
+    if kind in NETWORKS and not has_config:
+        return "it has no config.json"
+    # Some tokenizers lie beside the config of a network.
+    return "a config without weights" if has_config and not BESIDE.search(kind) and not holds_weights(folder) else ""
 
 
 def unusual(tensor: Tensor) -> int:
