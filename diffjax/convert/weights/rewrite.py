@@ -103,6 +103,11 @@ def check_target(target: str | os.PathLike, overwrite: bool, keys: str | None = 
     file, there = keys == "original", os.path.exists(target)
     if file and Path(target).suffix != ".safetensors":
         raise WeightsError(f"{target}: the authors' names are written to one file, such as model.safetensors")
+    if not file and not there and Path(target).suffix == ".safetensors":
+        raise WeightsError(
+            f"{target}: a folder is to be written, and this is the name of a file; name a folder, or ask for one file "
+            "under the authors' names by keys='original', --keys=original"
+        )
     if there and os.path.isdir(target) == file:
         is_there, wanted = ("folder", "file") if file else ("file", "folder")
         raise WeightsError(f"{target}: it is a {is_there}; a {wanted} is to be written")
