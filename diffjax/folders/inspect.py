@@ -14,7 +14,7 @@ import numpy as np
 from diffjax.convert.weights.adapters.lora import lora_file, lora_ranks
 from diffjax.convert.weights.errors import printable, some
 from diffjax.convert.weights.folders.find import find
-from diffjax.convert.weights.folders.survey import PIPELINE, Survey, components, missing, survey, unusual
+from diffjax.convert.weights.folders.survey import PIPELINE, Survey, components, missing, of_8_bits, survey, unusual
 from diffjax.convert.weights.originals import Contents, original_components, survey_original
 from diffjax.convert.weights.places.layout import type_of
 from diffjax.convert.weights.tensors.dtypes import cast, check_dtype
@@ -188,7 +188,9 @@ def _verdict(found: Survey) -> str:
         return "none: a config alone"
     if found.report is None:
         return f"not compared: {'the class is not known here' if found.kind else 'no config tells of what network'}"
-    return f"do not fit: {found.report}" if any(found.report) else "fit, each parameter once"
+    if any(found.report):
+        return f"do not fit: {found.report}"
+    return "fit, each parameter once" + (f"; {told}" if (told := of_8_bits(found)) else "")
 
 
 def _spread(found: Survey, entries, mesh, mode):

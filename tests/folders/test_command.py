@@ -190,6 +190,18 @@ def test_convert_changes_type_and_files_and_nothing_else(capsys, folder, tmp_pat
     same(load(tmp_path / "plain")[1], load(tmp_path / "fp16", variant="fp16")[1])
 
 
+def test_types_of_8_bits_are_loaded_as_another_one(capsys, folder, tmp_path):
+    for dtype in ("float8_e4m3fn", "float8_e5m2"):
+        assert run(capsys, "convert", folder, tmp_path / dtype, f"--dtype={dtype}")[0] == 0
+        told = f"nothing computes in {dtype}: load with param_dtype='bfloat16'"
+        code, out, _ = run(capsys, "inspect", tmp_path / dtype)
+        assert code == 0 and row(out, "weights") == f"fit, each parameter once; {told}"
+        with pytest.raises(ValueError, match=f"{dtype}: {told}$"):
+            load(tmp_path / dtype, dtype="bfloat16")
+        half = load(tmp_path / dtype, param_dtype="bfloat16")[1]
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+
+
 def test_convert_to_parameters_and_back(capsys, folder, tmp_path):
     from diffjax.train.checkpoint.init_from import of_safetensors
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffjax.convert.weights.errors import some
-from diffjax.convert.weights.folders.survey import Survey, check_fits, opened
+from diffjax.convert.weights.errors import WeightsError, some
+from diffjax.convert.weights.folders.survey import Survey, check_fits, of_8_bits, opened
 from diffjax.convert.weights.places.layout import read, type_of
 from diffjax.convert.weights.tensors.dtypes import check_dtype
 from diffjax.core.types import Model
@@ -31,13 +31,14 @@ def load(
       config: settings instead of those of `config.json`.
       variant: of the files, such as "fp16" for `model.fp16.safetensors`; None for those without one.
       param_dtype: of the parameters of floating point; None for those of the file, the widest of its layers for a
-        stack. Without x64 mode float64 becomes float32, as everywhere in JAX.
+        stack. Without x64 mode float64 becomes float32, as everywhere in JAX. Types of 8 bits need it: "bfloat16".
       sharding: `(model, shapes) -> tree of jax.sharding.Sharding`, where the parameters are to lie; each device's part
         is read from the disk for it. None for the default device.
       how: how the network is computed, see `diffjax.models.settings.how`.
 
     Raises:
-      WeightsError: for files that are damaged, pickled, or do not hold the network's parameters, each exactly once.
+      WeightsError: for files that are damaged, pickled, or do not hold the network's parameters, each exactly once;
+        for parameters of 8 bits without a `param_dtype`.
       ValueError: for a config that describes no network that is known here; for a file and a variant; for a `sharding`
         that does not tell of each parameter.
       OSError: if something cannot be read.
@@ -52,6 +53,8 @@ def parameters(
     found: Survey, param_dtype: str | None = None, sharding: Callable[[Model, dict], Any] | None = None
 ) -> dict:  # fmt: skip
     """The parameters of a network whose weights fit; the rest as for `load`."""
+    if param_dtype is None and (told := of_8_bits(found)):
+        raise WeightsError(f"{found.path}: {told}")
     where = dict.fromkeys(found.places) if sharding is None else _placed(found, sharding)
     return nested({
         name: _leaf(place, found.tensors, tuple(found.shapes[name].shape), param_dtype, where[name])

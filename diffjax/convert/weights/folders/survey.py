@@ -16,7 +16,7 @@ import numpy as np
 from diffjax.convert.weights.errors import WeightsError, told_of
 from diffjax.convert.weights.folders.find import PICKLES, find, read_config
 from diffjax.convert.weights.folders.names import is_index
-from diffjax.convert.weights.places.layout import MOST_LAYERS, Place
+from diffjax.convert.weights.places.layout import MOST_LAYERS, Place, type_of
 from diffjax.convert.weights.places.match import Report, compare, match
 from diffjax.convert.weights.tensors.read import Tensor
 from diffjax.convert.weights.tensors.strict import read_json, shown
@@ -85,6 +85,13 @@ def check_fits(found: Survey, what: str = "") -> None:
     if found.report and any(found.report):
         where = f"{found.path}: {what}: " if what else f"{found.path}: "
         raise WeightsError(f"{where}not the parameters of its {found.kind}: {found.report}")
+
+
+def of_8_bits(found: Survey) -> str:
+    """What to do about parameters whose type in the file is for storage alone; "" if there are none."""
+    types = {type_of(place, found.tensors, None) for place in found.places.values()}
+    names = sorted(kind.name for kind in types if jnp.issubdtype(kind, jnp.floating) and kind.itemsize == 1)
+    return f"nothing computes in {' and '.join(names)}: load with param_dtype='bfloat16'" if names else ""
 
 
 def build(config: Mapping[str, Any], path: Path, **how) -> tuple[Model, dict]:

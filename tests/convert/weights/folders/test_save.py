@@ -86,7 +86,7 @@ def test_transformers_and_diffusers_have_their_own_names(network, tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float32"])
 def test_saved_in_any_type_of_floating_point(network, tmp_path, dtype):
     save(*network, tmp_path, dtype=dtype)
-    same(load(tmp_path)[1], jax.tree.map(lambda a: a.astype(dtype), network[1]))
+    same(load(tmp_path, param_dtype=dtype)[1], jax.tree.map(lambda a: a.astype(dtype), network[1]))
 
 
 @pytest.mark.filterwarnings("error")
