@@ -246,11 +246,15 @@ def test_one_file_for_a_pipeline(model, tmp_path):
     assert lora_components(path) == ("text_encoder", "transformer")
     with pytest.raises(WeightsError, match="adapters of text_encoder, transformer: name one of them"):
         load_lora(path, model)
-    parts = {name: load_lora(path, model, component=name).layers for name in ("unet", "text_encoder")}
-    assert parts["unet"] == (("proj_out_1/kernel", ((2, 8.0),)),)
+    parts = {name: load_lora(path, model, component=name).layers for name in ("transformer", "text_encoder")}
+    assert parts["transformer"] == (("proj_out_1/kernel", ((2, 8.0),)),)
     assert parts["text_encoder"] == (("proj_out_1/kernel", ((3, 6.0),)),)
-    with pytest.raises(WeightsError, match="no adapter of 'text_encoder_2'"):
-        load_lora(path, model, component="text_encoder_2")
+    for name in ("text_encoder_2", "unet"):
+        with pytest.raises(WeightsError, match=f"no adapter of '{name}'; it has those of text_encoder, transformer"):
+            load_lora(path, model, component=name)
+    # ComfyUI and kohya's scripts have one name for whatever denoises.
+    other = written(tmp_path / "b.safetensors", pair("diffusion_model.proj_out_1"), {})
+    assert load_lora(other, model, component="transformer").layers == (("proj_out_1/kernel", ((2, 2.0),)),)
 
 
 def test_the_config_of_the_only_part_is_that_of_tensors_without_a_prefix(model, tmp_path):

@@ -31,7 +31,7 @@ COMPONENTS = {
     "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
 }  # fmt: skip
-# A pipeline has one of them, and files call it by another's name.
+# A pipeline has one of them, which ComfyUI and kohya's scripts call by one name.
 DENOISERS = ("unet", "transformer", "prior")
 PEFT = "base_model.model."
 SLOTS = {"A": "a", "down": "a", "B": "b", "up": "b", "alpha": "alpha"}
@@ -179,10 +179,16 @@ def chosen(file: Path, keys: list[Named], component: str | None) -> list[Named]:
         allowed = ", ".join(dict.fromkeys(COMPONENTS.values()))
         raise WeightsError(f"{file}: unknown component {component!r}; known: {allowed}")
     # What says nothing is taken for the one that was asked for, if nothing else is.
-    kept = [key for key in keys if key.component is None or group(key.component) == group(component)]
+    kept = [key for key in keys if key.component is None or _is_of(key, component)]
     if not kept:
         raise WeightsError(f"{file}: no adapter of {component!r}; it has those of {', '.join(known)}")
     return kept
+
+
+def _is_of(key: Named, component: str) -> bool:
+    """Whether a key is of this part: diffusers' prefix is its name, another one may stand for whatever denoises."""
+    plain = key.key.removeprefix(PEFT).startswith(f"{key.component}.")
+    return key.component == component or (not plain and group(key.component) == group(component))
 
 
 def matched(file: Path, keys: list[Named], spelled: Mapping[str, set[Meaning]]) -> dict[Meaning, dict[str, Named]]:
