@@ -186,14 +186,17 @@ def _stack(name, found, count, param_dtype) -> Pair:
 
 
 def save_lora(adapter: Adapter, model: Model, path: str | os.PathLike, *, component: str | None = None) -> None:
-    """Writes an adapter as diffusers' `save_lora_adapter` does, for its `load_lora_adapter(path, prefix=component)`.
+    """Writes an adapter as diffusers' `save_lora_adapter` does.
+
+    Its `load_lora_adapter(path, prefix=component, use_safetensors=True)` reads it; without that flag diffusers 0.42
+    takes the tensors of a local file and leaves its metadata, in which alpha is, so that alpha is the rank.
 
     Args:
       adapter: of this network.
       model: the network, as `load` returns it.
       path: a file `*.safetensors`, or a folder (made if absent) for `pytorch_lora_weights.safetensors`.
-      component: of a pipeline, such as "unet" or "transformer", which is put before the names as `load_lora_weights`
-        expects it; None for the network alone.
+      component: of a pipeline, such as "unet" or "transformer", which is put before the names; a file without it is
+        passed over by `pipe.load_lora_weights`. None for the network alone.
 
     Raises:
       WeightsError: for an adapter of another network, or without layers.
