@@ -7,13 +7,14 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from diffjax.convert.weights import WeightsError, rewrite, save, save_original
 from diffjax.convert.weights.adapters.lora import lora_file
 from diffjax.convert.weights.errors import some
-from diffjax.convert.weights.folders.find import find
+from diffjax.convert.weights.folders.find import find, read_config
 from diffjax.convert.weights.folders.save import SHARD_BYTES, write_folder
 from diffjax.convert.weights.folders.survey import PIPELINE, components, holds_weights, missing
 from diffjax.convert.weights.originals import original_components
@@ -45,7 +46,7 @@ def convert(
       source: as for `diffjax.convert.weights.rewrite`, or the workdir of a run, or a pipeline: its networks are written
         one by one, and the other files are copied.
       target, dtype, variant, keys, component, family, overwrite: as for `diffjax.convert.weights.rewrite`.
-      network: the file of the config that `rewrite` takes.
+      network: the file of the config that `rewrite` takes, or its folder.
       shard_gb: most GB of tensors in one file.
       ema, step: of a run, which average and which checkpoint; see `diffjax.train.state.load_run`.
 
@@ -80,10 +81,14 @@ def convert(
                 raise ValueError(f"{source} has several networks: name one, --component={'|'.join(parts)}")
             component = next(iter(parts))
         given = dict(dtype=dtype, variant=variant, shard_bytes=shard_bytes, keys=keys, component=component)
-        given |= dict(family=family, network=None if network is None else read_json(Path(network)))
+        given |= dict(family=family, network=None if network is None else _settings(Path(network)))
         given |= dict(overwrite=overwrite, progress=progress)
         pipeline = Path(source, PIPELINE).is_file()
         _convert_pipeline(Path(source), Path(target), given) if pipeline else rewrite(source, target, **given)
+
+
+def _settings(network: Path) -> dict[str, Any]:
+    return read_config(network) if network.is_dir() else read_json(network)
 
 
 def _convert_pipeline(source: Path, target: Path, given) -> None:

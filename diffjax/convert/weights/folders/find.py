@@ -45,6 +45,8 @@ def find(path: Path, variant: str | None = None) -> dict[str, Tensor]:
         if variant:
             raise ValueError(f"{path} is a file; variant={variant!r} chooses among those of a folder")
         _refuse_pickle(path)
+        if path.suffix == ".json":
+            raise WeightsError(f"{path}: settings, and no weights; name its folder, {path.parent}")
         return read_header(path)[0]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder or file")
