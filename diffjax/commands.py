@@ -307,10 +307,11 @@ def convert(arguments, overrides) -> int:
     if not (arguments.SOURCE and arguments.TARGET):
         raise UsageError("convert: two folders are needed, as in diffjax convert sd/unet sd16/unet --dtype=float16")
     from diffjax.folders.convert import convert as run
+    from diffjax.folders.convert import size_of
 
     names = ("dtype", "variant", "shard_gb", "keys", "component", "family", "network", "ema", "step")
     run(arguments.SOURCE, arguments.TARGET, overwrite=arguments.overwrite, **_given(arguments, *names))
-    sys.stdout.write(f"{arguments.SOURCE} -> {arguments.TARGET}\n")
+    sys.stdout.write(f"{arguments.SOURCE} -> {arguments.TARGET}: {size_of(arguments.TARGET)}\n")
     return 0
 
 

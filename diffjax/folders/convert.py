@@ -25,6 +25,7 @@ from diffjax.convert.weights.tensors.strict import read_json
 from diffjax.folders.progress import progress_bar
 from diffjax.models import NETWORKS, from_config
 from diffjax.train.checkpoint.params import CHECKPOINTS
+from diffjax.train.describe import size_text
 from diffjax.train.survival.workdir import CONFIG_FILE
 
 TEXTS = (".json", ".md", ".txt")  # of a pipeline's own folder, which may hold it in one file as well
@@ -85,6 +86,18 @@ def convert(
         given |= dict(overwrite=overwrite, progress=progress)
         pipeline = Path(source, PIPELINE).is_file()
         _convert_pipeline(Path(source), Path(target), given) if pipeline else rewrite(source, target, **given)
+
+
+def size_of(target: str | os.PathLike) -> str:
+    """How many parameters, and bytes, `convert` has written; nothing but headers is read."""
+    path = Path(target)
+    folders = [path]
+    if (path / PIPELINE).is_file():
+        folders = [path / name for name in components(path) if (path / name / "config.json").is_file()]
+    held = [find(folder) for folder in folders if folder.is_file() or holds_weights(folder)]
+    tensors = [tensor for found in held for tensor in found.values()]
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
+    return f"{count:,} parameters, {size_text(sum(tensor.nbytes for tensor in tensors))}"
 
 
 def _settings(network: Path) -> dict[str, Any]:

@@ -205,7 +205,10 @@ def test_types_of_8_bits_are_loaded_as_another_one(capsys, folder, tmp_path):
 def test_convert_to_parameters_and_back(capsys, folder, tmp_path):
     from diffjax.train.checkpoint.init_from import of_safetensors
 
-    assert run(capsys, "convert", folder, tmp_path / "params", "--keys=params")[0] == 0
+    code, out, _ = run(capsys, "convert", folder, tmp_path / "params", "--keys=params")
+    count = row(run(capsys, "inspect", folder)[1], "parameters")
+    size = row(run(capsys, "inspect", folder)[1], "bytes").partition(":")[0]
+    assert code == 0 and out == f"{folder} -> {tmp_path / 'params'}: {count} parameters, {size}\n"
     assert sorted(path.name for path in (tmp_path / "params").iterdir()) == ["config.json", "params.safetensors"]
     whole = load(folder)[1]
     leaves = of_safetensors(tmp_path / "params" / "params.safetensors")
@@ -250,7 +253,7 @@ def test_convert_writes_the_names_of_the_authors_and_reads_them(capsys, tmp_path
     save(model, jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes), tmp_path / "unet")
     one = tmp_path / "one.safetensors"
     code, out, _ = run(capsys, "convert", tmp_path / "unet", one, "--keys=original")
-    assert code == 0 and out == f"{tmp_path / 'unet'} -> {one}\n"
+    assert code == 0 and out.startswith(f"{tmp_path / 'unet'} -> {one}: ")
     assert "model.diffusion_model.input_blocks.0.0.weight" in find(one)
     # No shape tells how many heads it has: nothing is guessed.
     code, out, _ = run(capsys, "inspect", one)
@@ -274,7 +277,9 @@ def test_convert_takes_whole_pipelines(capsys, folder, tmp_path):
     kinds = {"transformer": "DiTTransformer2DModel", "scheduler": "DDIMScheduler", "tokenizer": "CLIPTokenizer"}
     (source / "model_index.json").write_text(json.dumps({name: ["a", kind] for name, kind in kinds.items()}))
     (source / "whole.safetensors").write_bytes(b"left")
-    assert run(capsys, "convert", source, target, "--dtype=float16")[0] == 0
+    code, out, _ = run(capsys, "convert", source, target, "--dtype=float16")
+    count = row(run(capsys, "inspect", folder)[1], "parameters")
+    assert code == 0 and out.startswith(f"{source} -> {target}: {count} parameters, ")
     here = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert here == {
         "model_index.json", "README.md", "scheduler/scheduler_config.json", "tokenizer/merges.txt",
