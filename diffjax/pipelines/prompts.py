@@ -199,8 +199,11 @@ def flux_shift(tokens: int, *, low: float = 0.5, high: float = 1.15, few: int = 
 
 
 def no_prompt(conditions: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Zeros in the place of a prompt: what SDXL takes for none (`force_zeros_for_empty_prompt`)."""
-    return {name: jnp.zeros_like(value) for name, value in conditions.items()}
+    """Zeros in the place of a prompt: what SDXL takes for none (`force_zeros_for_empty_prompt`).
+
+    `time_ids` stay as they are: they tell of the image, not of the prompt.
+    """
+    return {name: value if name == "time_ids" else jnp.zeros_like(value) for name, value in conditions.items()}
 
 
 def both(cond: Mapping[str, jax.Array], uncond: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

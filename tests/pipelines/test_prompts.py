@@ -9,7 +9,7 @@ import pytest
 from diffjax.core.types import Model
 from diffjax.data import load_tokenizer, parse_prompt, prompt_chunks, weigh_states
 from diffjax.models.text.clip import TextOutput, clip_skip
-from diffjax.pipelines.prompts import TextEncoder, flux_prompt, sd_prompt, sdxl_prompt
+from diffjax.pipelines.prompts import TextEncoder, both, flux_prompt, no_prompt, sd_prompt, sdxl_prompt, size_ids
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "parity" / "golden" / "tokenizers" / "clip")
 LENGTH = TOKENIZER.max_length
@@ -81,3 +81,10 @@ def test_what_is_no_text_and_what_is_no_tower_is_told():
     for made in (lambda: sd_prompt(t5, ""), lambda: sdxl_prompt(t5, one, ""), lambda: flux_prompt(t5, one, "")):
         with pytest.raises(ValueError, match="a T5EncoderModel in the place of CLIP's text tower"):
             made()
+
+
+def test_no_prompt_has_the_sizes_of_the_prompt():
+    cond = {"pooled": jnp.ones((1, 2)), "time_ids": size_ids(1, (8, 16))}
+    found = both(cond, no_prompt(cond))
+    assert found["pooled"].tolist() == [[1, 1], [0, 0]]
+    assert found["time_ids"].tolist() == [[8, 16, 0, 0, 8, 16]] * 2
