@@ -145,6 +145,10 @@ def test_what_fits_a_tile_is_not_cut(net):
     np.testing.assert_array_equal(*both(x, jax.random.key(2)))
     with pytest.raises(ValueError, match="no tile moves on"):
         tiled_decode(model, params, jnp.zeros((1, 9, 9, 4)), tiles=Tiles(8, 4, 0.9))
+    with pytest.raises(ValueError, match=r"Tiles\(sample=20, latent=8.*: sample = 2 latent"):
+        tiled_decode(model, params, jnp.zeros((1, 9, 9, 4)), tiles=Tiles(20, 8))
+    with pytest.raises(ValueError, match=r"overlap=1.5\): .*, in \[0, 1\)"):
+        tiled_decode(model, params, jnp.zeros((1, 9, 9, 4)), tiles=Tiles(8, 4, 1.5))
     with pytest.raises(ValueError, match="at least 2 pixels"):
         tiled_encode(model, params, jnp.zeros((1, 13, 8, 3)))
 

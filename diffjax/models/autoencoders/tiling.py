@@ -41,12 +41,12 @@ def tiles_of(config: Mapping[str, Any]) -> Tiles:
       ValueError: for the config of another class, or one that makes no autoencoder.
     """
     _check_kind(config)
+    factor = _factor(config)
     if _is_tiny(config):
-        c = tiny.settings_of(config)
-        return Tiles(512, 512 // c.upsampling_scaling_factor ** (len(c.num_decoder_blocks) - 1), 0.125)
-    c = kl.settings_of(config)
-    size = c.sample_size if isinstance(c.sample_size, int) else c.sample_size[0]
-    return Tiles(size, size // least_side(c))
+        return Tiles(512, 512 // factor, 0.125)
+    size = kl.settings_of(config).sample_size
+    size = size if isinstance(size, int) else size[0]
+    return Tiles(size, size // factor)
 
 
 def sliced(fn: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
@@ -69,7 +69,8 @@ def tiled_decode(model: Model, params: dict, z: jax.Array, *, tiles: Tiles | Non
       tiles: None for those of the model's config (`tiles_of`).
 
     Raises:
-      ValueError: for a network of another class, or tiles that overlap so much that none moves on.
+      ValueError: for a network of another class, tiles whose sides are not those of an image and its latents, or that
+        overlap so much that none moves on.
     """
     sample, latent, overlap = _tiles(model, tiles)
     join = _painted if _is_tiny(model.config) else _blended
@@ -110,6 +111,14 @@ def _is_tiny(config):
     return config.get("_class_name") == tiny.KIND
 
 
+def _factor(config) -> int:
+    """How many pixels a side there are for one latent."""
+    if not _is_tiny(config):
+        return least_side(kl.settings_of(config))
+    c = tiny.settings_of(config)
+    return c.upsampling_scaling_factor ** (len(c.num_decoder_blocks) - 1)
+
+
 def _check_kind(config):
     kind = config.get("_class_name")
     if kind not in (kl.KIND, tiny.KIND):
@@ -118,7 +127,13 @@ def _check_kind(config):
 
 def _tiles(model, tiles):
     _check_kind(model.config)
-    return tiles_of(model.config) if tiles is None else tiles
+    tiles = tiles_of(model.config) if tiles is None else tiles
+    factor = _factor(model.config)
+    if tiles.latent < 1 or tiles.sample != tiles.latent * factor:
+        raise ValueError(f"{tiles}: one latent of this network has {factor} pixels a side: sample = {factor} latent")
+    if not 0 <= tiles.overlap < 1:
+        raise ValueError(f"{tiles}: overlap is the part of a tile under the next, in [0, 1)")
+    return tiles
 
 
 def _blended(fn, x, *, size, size_out, overlap):
