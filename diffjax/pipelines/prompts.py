@@ -7,17 +7,21 @@ is longer than its encoder is cut. With `weighted` it is not, and its words have
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from diffjax.adapters.textual_inversion import TABLE
 from diffjax.core.types import Model
 from diffjax.data.prompts import weigh_states, weighted_tokens
 from diffjax.data.tokenizers import Tokenizer
 from diffjax.models.text.clip import TextOutput, clip_skip
+from diffjax.nn.functional import names_of
 
 # Tokens of T5 that SD3 and FLUX.1 were trained with.
 T5_LENGTH = {"sd3": 256, "flux": 512}
@@ -39,10 +43,10 @@ class TextEncoder(NamedTuple):
         """What the network returns for texts, each padded or cut to `length` tokens; None for the tokenizer's own.
 
         Raises:
-          ValueError: for no text, or one that is too long, where none is to be cut.
+          ValueError: for no text, one that is too long, where none is to be cut, or a word that the network lacks.
         """
-        ids = jnp.asarray(self.tokenizer(_many(texts), length=length, truncate=self.truncate).ids)
-        return self.model.apply(self.params, ids, **settings)
+        ids = self.tokenizer(_many(texts), length=length, truncate=self.truncate).ids
+        return self.model.apply(self.params, _known(self, ids), **settings)
 
 
 def sd_prompt(
@@ -118,11 +122,22 @@ def _check_towers(*encoders: TextEncoder) -> None:
             raise ValueError(f"a {kind} in the place of CLIP's text tower, a CLIPTextModel, with a projection or not")
 
 
+def _known(encoder: TextEncoder, ids: np.ndarray) -> jax.Array:
+    """The ids for the network; raises `ValueError` for one beyond its table of tokens, of which there would be NaN."""
+    tables = [leaf.shape[0] for name, leaf in names_of(encoder.params).items() if re.search(TABLE, name)]
+    if tables and ids.max() >= tables[0]:
+        raise ValueError(
+            f"the tokenizer gives the id {ids.max()}, and the text encoder knows {tables[0]} tokens: new words go into "
+            "both, by the tokenizer's `extended` and by `diffjax.adapters.textual_inversion.add` with its `extended`"
+        )
+    return jnp.asarray(ids)
+
+
 def _weighted(encoder: TextEncoder, texts, state, chunks, **settings) -> tuple[jax.Array, TextOutput]:
     """States `[B, n * L, D]` times the weights of their words; the vectors that the network returns `[B, n, ...]`."""
     ids, weights = weighted_tokens(encoder.tokenizer, _many(texts), least=chunks)
     count, length = ids.shape[:2], ids.shape[2]
-    out = encoder.model.apply(encoder.params, jnp.asarray(ids.reshape(-1, length)), **settings)
+    out = encoder.model.apply(encoder.params, _known(encoder, ids.reshape(-1, length)), **settings)
     states = weigh_states(state(out).reshape(*count, length, -1), jnp.asarray(weights))
     split = lambda vector: None if vector is None else vector.reshape(*count, -1)
     out = out._replace(pooled=split(out.pooled), text_embeds=split(out.text_embeds))

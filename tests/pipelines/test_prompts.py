@@ -88,3 +88,14 @@ def test_no_prompt_has_the_sizes_of_the_prompt():
     found = both(cond, no_prompt(cond))
     assert found["pooled"].tolist() == [[1, 1], [0, 0]]
     assert found["time_ids"].tolist() == [[8, 16, 0, 0, 8, 16]] * 2
+
+
+def test_a_word_that_the_encoder_lacks_is_told():
+    one = encoder(4)
+    table = {"text_model": {"token_embedding": {"embedding": np.zeros((TOKENIZER.size, 4))}}}
+    one = one._replace(params=table)
+    assert sd_prompt(one, "a horse")["context"].shape == (1, LENGTH, 4)
+    new = one._replace(tokenizer=TOKENIZER.extended({"<cat>": (TOKENIZER.size,)}))
+    for weighted in (False, True):
+        with pytest.raises(ValueError, match=f"the id {TOKENIZER.size}, .* knows {TOKENIZER.size} .*inversion.add"):
+            sd_prompt(new, "a <cat>", weighted=weighted)
