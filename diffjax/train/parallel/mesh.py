@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffjax.registry import nearest
+
 BATCH_AXES = ("data", "fsdp")
 AXES = (*BATCH_AXES, "tensor", "sequence")
 
@@ -22,13 +24,19 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
     """A mesh with the named axes over the devices, all axes of type Auto.
 
     Args:
-      axes: size of each axis, slowest first; one may be -1 for "the rest". None is `{"data": -1}`.
+      axes: size of each axis of `AXES`, slowest first; one may be -1 for "the rest". None is `{"data": -1}`.
       devices: None for all devices of all processes.
 
     Raises:
-      ValueError: if the product of the sizes is not the number of devices.
+      ValueError: for an axis of another name, or if the product of the sizes is not the number of devices.
     """
+    if isinstance(axes, str):
+        raise ValueError(f"mesh axes {axes!r}: expected sizes by name, as `parse_mesh` makes them of such a text")
     axes = dict(axes or {"data": -1})
+    for axis in axes:
+        if axis not in AXES:
+            known = f"known: {', '.join(AXES)}{nearest(str(axis), AXES)}"
+            raise ValueError(f"unknown mesh axis {axis!r}; {known}; `jax.make_mesh` makes meshes of other names")
     devices = list(jax.devices() if devices is None else devices)
     known = math.prod(size for size in axes.values() if size != -1)
     open_axes = [name for name, size in axes.items() if size == -1]

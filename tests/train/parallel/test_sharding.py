@@ -81,8 +81,8 @@ def apart(a, b):
 
 alone = make_mesh(devices=jax.devices()[:1])
 truth = train(alone, (), "data")
-grid = make_mesh({"data": 2, "model": -1})
-rules = [("in/kernel", (None, "model")), ("out/kernel", ("model", "data")), (".*", ())]
+grid = make_mesh({"data": 2, "tensor": -1})
+rules = [("in/kernel", (None, "tensor")), ("out/kernel", ("tensor", "data")), (".*", ())]
 runs = {
     "data": train(make_mesh(), (), "data"),
     "fsdp": train(make_mesh(), (), "fsdp"),
@@ -238,9 +238,9 @@ def test_averages_and_moments_follow_their_parameter(eight, mode):
 
 
 def test_a_rule_that_does_not_divide_is_dropped_on_its_axis_alone(eight):
-    # The kernel is [32, 3], the rule ("model", "data"): 4 divides 32, 2 does not divide 3.
-    assert eight["grid"] == {"data": 2, "model": 4}
-    assert eight["rules"]["specs"]["params/out/kernel"] == ["model", None]
+    # The kernel is [32, 3], the rule ("tensor", "data"): 4 divides 32, 2 does not divide 3.
+    assert eight["grid"] == {"data": 2, "tensor": 4}
+    assert eight["rules"]["specs"]["params/out/kernel"] == ["tensor", None]
 
 
 def test_a_checkpoint_moves_between_meshes(eight):
@@ -252,11 +252,15 @@ def test_a_batch_must_divide(eight):
 
 
 def test_mesh_axes_are_auto_and_must_fit():
-    mesh = make_mesh({"data": -1, "model": 1}, devices=jax.devices()[:1])
-    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto) and dict(mesh.shape) == {"data": 1, "model": 1}
-    for axes in ({"data": 3}, {"data": -1, "model": 7}, {"data": -1, "model": -1}, {"data": 0}):
+    mesh = make_mesh({"data": -1, "tensor": 1}, devices=jax.devices()[:1])
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto) and dict(mesh.shape) == {"data": 1, "tensor": 1}
+    for axes in ({"data": 3}, {"data": -1, "tensor": 7}, {"data": -1, "tensor": -1}, {"data": 0}):
         with pytest.raises(ValueError, match="do not fit 1 devices"):
             make_mesh(axes, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="unknown mesh axis 'fsdq'; known: data, fsdp.*did you mean 'fsdp'"):
+        make_mesh({"fsdq": -1})
+    with pytest.raises(ValueError, match="mesh axes 'fsdp=8': expected sizes by name, as `parse_mesh`"):
+        make_mesh("fsdp=8")
 
 
 def test_rules_cover_every_parameter():
@@ -273,12 +277,12 @@ def test_rules_cover_every_parameter():
 
 
 def test_the_longest_name_with_the_same_shape_decides():
-    mesh = make_mesh({"data": 1, "model": 1}, devices=jax.devices()[:1])
+    mesh = make_mesh({"data": 1, "tensor": 1}, devices=jax.devices()[:1])
     params = {"kernel": jnp.ones((4, 4)), "in": {"kernel": jnp.ones((4, 4))}}
     state = State(params, {"mu": params, "factored": {"in": {"kernel": jnp.ones(4)}}})
-    rules = [("in/kernel", ("model",)), ("kernel", (None, "data"))]
+    rules = [("in/kernel", ("tensor",)), ("kernel", (None, "data"))]
     found = state_sharding(mesh, state, rules, "rules").rest
-    assert found["mu"]["in"]["kernel"].spec == P("model") and found["mu"]["kernel"].spec == P(None, "data")
+    assert found["mu"]["in"]["kernel"].spec == P("tensor") and found["mu"]["kernel"].spec == P(None, "data")
     assert found["factored"]["in"]["kernel"].spec == P()
     assert batch_sharding(mesh).spec == P(("data",))
 
