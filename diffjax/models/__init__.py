@@ -84,8 +84,8 @@ def network(kind: str) -> Callable[..., Model]:
       ValueError: for a class that is not known.
     """
     if kind not in NETWORKS:
-        known = f"known: {', '.join(sorted(NETWORKS))}{nearest(kind, NETWORKS)}"
-        raise ValueError(f"the class is a {kind!r}, which is not known here; {known}")
+        told = f"which is not known here{nearest(kind, NETWORKS)}; known: {', '.join(sorted(NETWORKS))}"
+        raise ValueError(f"the class is a {kind!r}, {told}")
     return lookup(NETWORKS[kind], {}, "class of network")
 
 

@@ -226,5 +226,5 @@ def published(name: str, **changes) -> dict[str, Any]:
         # Only where it is needed: the table is read where there is no JAX as well.
         from diffjax.registry import nearest
 
-        raise ValueError(f"unknown checkpoint {name!r}; known: {', '.join(PUBLISHED)}{nearest(name, PUBLISHED)}")
+        raise ValueError(f"unknown checkpoint {name!r}{nearest(name, PUBLISHED)}; known: {', '.join(PUBLISHED)}")
     return {**copy.deepcopy(PUBLISHED[name]), **changes}

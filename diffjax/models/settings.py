@@ -36,7 +36,7 @@ def read(kind: str, settings: type[T], config: Mapping[str, Any], ignored: froze
     for name, value in given.items():
         if name not in fields:
             raise ValueError(
-                f"{kind}: unknown setting {name!r} (here {value!r}); known: {', '.join(fields)}{nearest(name, fields)}"
+                f"{kind}: unknown setting {name!r} (here {value!r}){nearest(name, fields)}; known: {', '.join(fields)}"
             )
         if not _fits(value, hints[name]):
             wanted, default = fields[name].type, fields[name].default

@@ -47,7 +47,7 @@ def test_rotations_are_those_of_float64():
         ({"axes_dims_rope": [2, 2, 2]}, "axes_dims_rope=.*attention_head_dim=8"),
         ({"axes_dims_rope": [1, 3, 4]}, "expected even numbers"),
         ({"out_channels": 0}, "out_channels=0: expected an integer >= 1"),
-        ({"guidance": True}, "unknown setting 'guidance'.*did you mean 'guidance_embeds'"),
+        ({"guidance": True}, r"unknown setting 'guidance' \(here True\); did you mean 'guidance_embeds'\?; known: "),
     ],
 )
 def test_settings_that_make_no_network(change, message):

@@ -204,5 +204,5 @@ def test_settings_are_copies_and_names_are_checked():
     published("sd15/vae")["block_out_channels"].append(1)
     assert published("sd15/vae", sample_size=8)["block_out_channels"] == [128, 256, 512, 512]
     assert PUBLISHED["sd15/vae"]["sample_size"] == 512
-    with pytest.raises(ValueError, match="unknown checkpoint 'sdxl/unte'.*did you mean 'sdxl/unet'"):
+    with pytest.raises(ValueError, match="unknown checkpoint 'sdxl/unte'; did you mean 'sdxl/unet'.; known: "):
         published("sdxl/unte")
