@@ -22,8 +22,9 @@ _CONTEXT = jax.make_user_context(((), ""))
 def tap(name: str, x: jax.Array) -> jax.Array:
     """`x`, passed through the installed functions under `scope/name`; `x` itself without any.
 
-    In a network that scans over its layers a name stands for the activations of all of them, and a function may change
-    them but not keep them: they do not exist outside the loop.
+    In a network that scans over its layers (`scan=True`) a name stands for the activations of all of them, and a
+    function may change them but not keep them: they are tracers of the loop and do not exist outside, nor do those of a
+    layer that is computed again (`remat`). Without both the name comes once for each layer, in their order.
     """
     functions, prefix = _CONTEXT.value
     for function in functions:
