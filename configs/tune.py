@@ -7,8 +7,11 @@ r"""Further training of a published network on your own data: a `UNet2DModel` or
 data must be the network's. The last row of its table of labels is that of no class. A network with twice the channels
 at its end, as DiT, learns the variance as well. NCSN++ and others that are told noise levels need another config.
 
-Other settings after the colon: `:noise=scaled_linear` (the schedule's name, default `ddpm`, of 1000 steps), `:lr=1e-5`,
-`:steps=10000` (default 1000), `:batch=64`, `:seed=1`, `:smoke` (a few steps; no quality).
+The noise and the kind of output are those of the checkpoint's `scheduler/scheduler_config.json`, beside its folder or
+in it; without such a file DDPM's of 1000 steps and the noise, or `:noise=scaled_linear`, a schedule's name.
+
+Other settings after the colon: `:lr=1e-5`, `:steps=10000` (default 1000), `:batch=64`, `:seed=1`, `:smoke` (a few
+steps; no quality).
 
 Cost: that of the network. Expected: a start at the checkpoint's own loss, which falls from there.
 """
@@ -20,9 +23,14 @@ from ml_collections import ConfigDict
 
 from configs.common import parse_arg
 
+# What scheduler files call the tables and the outputs that configs have.
+BETAS = {"linear": "ddpm", "scaled_linear": "scaled_linear", "sigmoid": "sigmoid"}
+BETAS |= {"squaredcos_cap_v2": "squared_cosine"}
+HEADS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
 
 def get_config(arg=None):
-    arg = parse_arg(arg, path="", noise="ddpm", lr=1e-5, steps=0, batch=32, seed=0, smoke=False)
+    arg = parse_arg(arg, path="", noise="", lr=1e-5, steps=0, batch=32, seed=0, smoke=False)
     file = Path(arg.path, "config.json")
     if not arg.path or not file.is_file():
         raise ValueError(f"path={arg.path}: expected the folder of a checkpoint, with a config.json: path=FOLDER")
@@ -37,8 +45,7 @@ def get_config(arg=None):
     config.data = "digits()"
     config.init_from = arg.path
 
-    # The noise and the output that the network has learnt (Ho et al. 2020, arXiv:2006.11239).
-    config.schedule, config.head, config.time = f"{arg.noise}()", "eps", "discrete(num_steps=1000)"
+    config.schedule, config.head, config.time = learnt(arg.path, arg.noise)
     if network.get("_class_name") == "UNet2DModel":
         network.setdefault("num_class_embeds", None)  # what is left out has no labels
     config.label_dropout = 0.0 if network.get("num_class_embeds", True) is None else 0.1
@@ -52,3 +59,27 @@ def get_config(arg=None):
     config.checkpoint_every = config.num_steps if arg.smoke else 500
     config.sample = ConfigDict(dict(solver="ddim()", steps=50, spacing="uniform()"))
     return config
+
+
+def learnt(path, noise):
+    """Schedule, head and times that it was trained with; without a file those of Ho et al. 2020, arXiv:2006.11239."""
+    beside = (Path(path, *folder, "scheduler_config.json") for folder in (("..", "scheduler"), ()))
+    file = next((file for file in beside if file.is_file()), None)
+    if file is None:
+        return f"{noise or 'ddpm'}()", "eps", "discrete(num_steps=1000)"
+    told = {"prediction_type": "epsilon"} | json.loads(file.read_text())
+    known = {"beta_schedule": BETAS, "prediction_type": HEADS}
+    known |= {"trained_betas": (None,), "use_flow_sigmas": (None, False)}
+    for name, values in known.items():
+        if told.get(name) not in values:
+            listed = ", ".join(map(str, values))
+            raise ValueError(f"{file}: {name}={told.get(name)}: this config has {listed}: write a config of its own")
+    table, steps = BETAS[told["beta_schedule"]], f"num_steps={told.get('num_train_timesteps', 1000)}"
+    if noise not in ("", table):
+        raise ValueError(f"noise={noise}: {file} says {table}: leave noise out (--config.schedule changes it)")
+    ends = {"start": "beta_start", "end": "beta_end"} if table != "squared_cosine" else {}
+    if missing := [name for name in ends.values() if name not in told]:
+        raise ValueError(f"{file}: {' and '.join(missing)} of its beta_schedule is missing: add what was trained with")
+    rest = [f"{name}={told[key]}" for name, key in ends.items()]
+    rest += ["rescale=True"] if told.get("rescale_betas_zero_snr") else []
+    return f"{table}({', '.join([steps, *rest])})", HEADS[told["prediction_type"]], f"discrete({steps})"

@@ -1,5 +1,6 @@
 """Configs that no other test trains: they resolve, and their heads tell the truth about sizes."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -8,7 +9,9 @@ import pytest
 from PIL import Image
 
 from diffjax.convert import save
+from diffjax.core import SCHEDULES
 from diffjax.models import from_config
+from diffjax.registry import build
 from diffjax.train import config as configs
 from diffjax.train.errors import ConfigError
 from diffjax.train.parts import assemble, prepare
@@ -80,6 +83,33 @@ def test_a_published_network_is_tuned_as_it_is(tmp_path, kind, out):
     config.model.time_scale = 1000.0
     with pytest.raises(ConfigError, match="would be told 999000; set config.model.time_scale=1.0"):
         prepare(config)
+
+
+def test_what_is_tuned_has_the_noise_and_the_output_of_its_scheduler_file(tmp_path):
+    network, file = tmp_path / "unet", tmp_path / "scheduler" / "scheduler_config.json"
+    for folder in (network, file.parent):
+        folder.mkdir()
+    (network / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    told = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.01}
+
+    def tuned(noise="", **changes):
+        file.write_text(json.dumps(told | {"prediction_type": "v_prediction"} | changes))
+        config = configs.load(f"{ROOT}/configs/tune.py:path={network}{noise}")
+        return config.schedule, config.head, config.time
+
+    found = "scaled_linear(num_steps=1000, start=0.001, end=0.01)", "v", "discrete(num_steps=1000)"
+    assert tuned() == tuned(noise=",noise=scaled_linear") == found
+    cosine = tuned(beta_schedule="squaredcos_cap_v2", num_train_timesteps=9, rescale_betas_zero_snr=True)
+    assert cosine[::2] == ("squared_cosine(num_steps=9, rescale=True)", "discrete(num_steps=9)")
+    for schedule in (found[0], cosine[0]):
+        build(schedule, SCHEDULES, "schedule")
+    with pytest.raises(ValueError, match="noise=ddpm: .* says scaled_linear"):
+        tuned(noise=",noise=ddpm")
+    for wrong in (dict(prediction_type="flow_prediction"), dict(beta_schedule="laplace"), dict(trained_betas=[0.1])):
+        with pytest.raises(ValueError, match=f"scheduler_config.json: {next(iter(wrong))}="):
+            tuned(**wrong)
+    file.unlink()
+    assert configs.load(f"{ROOT}/configs/tune.py:path={network}").schedule == "ddpm()"
 
 
 def test_a_checkpoint_is_asked_for(tmp_path):
