@@ -12,6 +12,7 @@ import numpy as np
 
 from diffjax import core, registry
 from diffjax.core.types import Denoiser, Level, Solver
+from diffjax.data.latents import LatentPixels
 from diffjax.guidance import cfg, clip_x0, interval
 from diffjax.sampling import SOLVERS, check_grid, prior, sample, self_conditioned
 from diffjax.train import parts
@@ -142,7 +143,9 @@ def pad(levels: Level, length: int) -> Level:
 
 
 def guided_denoiser(run, apply: Callable, labels, settings: Settings, *, scale=None) -> Denoiser:
-    """The denoiser that sampling calls: conditional, guided inside the interval, x0 clipped to the data's range.
+    """The denoiser that sampling calls: conditional, guided inside the interval, x0 clipped to the range of images.
+
+    Latents have no range and are not clipped.
 
     Args:
       run: `head` and `dataset` of it are read.
@@ -152,14 +155,15 @@ def guided_denoiser(run, apply: Callable, labels, settings: Settings, *, scale=N
       scale: in place of `settings.guidance`; may be traced.
     """
     network = lambda y: core.denoiser(lambda x, t: apply(x, t, y), run.head)
+    clip = (lambda denoise: denoise) if isinstance(getattr(run.dataset, "to_pixels", None), LatentPixels) else clip_x0
     plain = network(labels)
     if labels is None or (scale is None and settings.guidance == 1):
-        return clip_x0(plain)
+        return clip(plain)
     null = jnp.full_like(labels, run.dataset.num_classes)
     pair = network(jnp.concatenate([labels, null]))
     guided = cfg(pair, settings.guidance if scale is None else scale)
     lo, hi = settings.interval
-    return clip_x0(guided if (lo, hi) == (0, math.inf) else interval(guided, plain, lo, hi))
+    return clip(guided if (lo, hi) == (0, math.inf) else interval(guided, plain, lo, hi))
 
 
 def compile_sampler(run, settings: Settings, *, guided: bool | None = None, trace: Callable | None = None) -> Callable:

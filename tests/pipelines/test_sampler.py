@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from diffjax.core import EDM, SPACINGS, V, ddpm, expand
 from diffjax.core.types import Level, Model
+from diffjax.data.latents import LatentPixels
+from diffjax.data.sources import Dataset, Pixels
 from diffjax.pipelines import sampler
 from diffjax.pipelines.sampler import Settings
 
@@ -50,6 +52,15 @@ def exact_network(x, t, y):
 def run():
     model = Model(lambda key: {}, lambda params, x, t, y=None: exact_network(x, t, y), {})
     return FakeRun(FakeData(SHAPE, 3), EDM(), V, model)
+
+
+def test_images_are_clipped_and_latents_are_not(run):
+    found = []
+    for pixels in (Pixels(255), LatentPixels("", 0.0, 1.0, 3.0)):
+        data = Dataset(None, None, SHAPE, 0, pixels)
+        model = sampler.guided_denoiser(run._replace(dataset=data), lambda x, t, y: jnp.zeros_like(x), None, Settings())
+        found.append(model(jnp.full((1, *SHAPE), 5.0), Level(0.0, 1.0, 0.5)).x0.max())
+    assert found == [1.0, 4.0]
 
 
 def test_samples_have_the_mean_and_std_of_their_class(run):
