@@ -10,6 +10,13 @@ at its end, as DiT, learns the variance as well. NCSN++ and others that are told
 The noise and the kind of output are those of the checkpoint's `scheduler/scheduler_config.json`, beside its folder or
 in it; without such a file DDPM's of 1000 steps and the noise, or `:noise=scaled_linear`, a schedule's name.
 
+A DiT works on latents, at the scale that `to_latents` gives: encode with it and read them with `std=0`, as
+docs/init_from.md shows; without that, `latents()` scales each channel to a standard deviation of 0.5.
+
+    diffjax latents --data='folder(path="faces", size=256)' --encode=my_vae:encode --out=latents/faces
+    diffjax train --config=configs/tune.py:path=dit/transformer --workdir=runs/dit \
+        --config.data='latents("latents/faces", std=0)'
+
 Other settings after the colon: `:lr=1e-5`, `:steps=10000` (default 1000), `:batch=64`, `:seed=1`, `:smoke` (a few
 steps; no quality).
 
