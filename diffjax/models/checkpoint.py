@@ -85,6 +85,11 @@ def _given(network: Mapping[str, Any], facts: dict[str, Any], num_classes: int) 
     return {**facts, **network}
 
 
+def takes_labels(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this config is told classes: all are, but a U-Net whose `num_class_embeds` is null."""
+    return config.get("name") != "checkpoint" or _null(config["network"], 0) is not None
+
+
 def _null(network: Mapping[str, Any], num_classes: int) -> int | None:
     """The row of no class, the last one; None for a network without labels.
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffjax import files
-from diffjax.pipelines.generate import Samples, check_classes, describe, largest_pixel, pixels_of
+from diffjax.pipelines.generate import Samples, check_classes, classes_of, describe, largest_pixel, pixels_of
 from diffjax.pipelines.sampler import (
     Settings,
     check_finite,
@@ -112,7 +112,7 @@ def sample_many(
     folder = Path(out) if out is not None else Path(workdir) / f"samples-{num}"
     index = {
         "num": num, "shard_size": shard_size, "shards": math.ceil(num / shard_size), "seed": seed,
-        "labels": labels, "classes": check_classes(classes, run.dataset.num_classes), "batch_size": batch_size,
+        "labels": labels, "classes": check_classes(classes, classes_of(run)), "batch_size": batch_size,
         "settings": plain(chosen), "data": run.config.data, "step": int(run.step),
         "ema": run.ema, "params_sha256": digest(run.params),
     }  # fmt: skip
@@ -298,7 +298,7 @@ def write_preview(folder: Path, index: dict, run, settings: Settings) -> Path:
     with np.load(shard_path(folder, index, 0)) as arrays:
         images, labels = arrays["images"][:100], arrays["labels"][:100]
     columns = min(10, len(images)) if index["labels"] != "balanced" else min(len(index["classes"]), 20, len(images))
-    classes = f"Classes from {labels.min()} to {labels.max()}. " if run.dataset.num_classes else ""
+    classes = f"Classes from {labels.min()} to {labels.max()}. " if classes_of(run) else ""
     figure = viz.image_grid(
         images,
         columns=max(columns, min(10, len(images))) if columns == 1 else columns,

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from diffjax.models.checkpoint import takes_labels
 from diffjax.pipelines.sampler import Cost, Settings, compile_counter, compile_sampler, grid, in_batches, settings_for
 
 
@@ -75,7 +76,7 @@ def generate(
       data: the same data where they lie now, to be opened in place of the run's note of what it was trained on.
 
     Raises:
-      ValueError: for a class that the data does not have, no seed, or wrong settings.
+      ValueError: for a class that the data does not have or the network is not told, no seed, or wrong settings.
       FloatingPointError: if a sample is not finite.
     """
     from diffjax.train.state import load_run
@@ -84,7 +85,7 @@ def generate(
     settings = settings_for(
         run, solver=solver, steps=steps, spacing=spacing, guidance=guidance, interval=interval
     )
-    chosen = check_classes(classes, run.dataset.num_classes)
+    chosen = check_classes(classes, classes_of(run))
     if not len(seeds):
         raise ValueError("seeds: none were given; one seed gives one sample of every class")
     every, labels = np.repeat(np.asarray(seeds), len(chosen)), np.tile(np.asarray(chosen, np.int32), len(seeds))
@@ -97,17 +98,22 @@ def generate(
     return samples
 
 
+def classes_of(run) -> int:
+    """Classes that the run's network can be asked for: those of its data, or 0 if it is told none."""
+    return run.dataset.num_classes if takes_labels(run.model.config) else 0
+
+
 def check_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
     """The labels to draw: `classes`, or every class for None.
 
     Raises:
-      ValueError: for a class that the data does not have.
+      ValueError: for a class that there is not.
     """
     if classes is None:
         return list(range(max(num_classes, 1)))
     wrong = [label for label in classes if not 0 <= label < max(num_classes, 1)]
     if wrong or not len(classes):
-        allowed = f"0 to {num_classes - 1}" if num_classes else "0 only: the data has no classes"
+        allowed = f"0 to {num_classes - 1}" if num_classes else "0 only: the model has no classes to draw"
         raise ValueError(f"classes={list(classes)}: expected {allowed}")
     return list(classes)
 
@@ -203,7 +209,7 @@ def write(base: Path, samples: Samples, run, *, columns: int) -> tuple[Path, ...
         npz, images=samples.images, x=samples.x, labels=samples.labels, seeds=samples.seeds,
         settings=np.array(json.dumps(facts)),
     )
-    classes = run.dataset.num_classes
+    classes = classes_of(run)
     figure = viz.image_grid(
         samples.images, columns=columns if classes else min(10, len(samples.images)),
         column_labels=[str(label) for label in samples.labels[:columns]] if classes else (),

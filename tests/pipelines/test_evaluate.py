@@ -15,7 +15,7 @@ from diffjax.core.types import Model
 from diffjax.data import arrays, digits
 from diffjax.pipelines import evaluate as evaluation
 from diffjax.pipelines import judge
-from diffjax.pipelines.generate import generate
+from diffjax.pipelines.generate import check_classes, classes_of, generate
 from diffjax.pipelines.sampler import Cost
 
 
@@ -180,6 +180,14 @@ def test_sample_refuses_classes_that_the_data_does_not_have(monkeypatch, tmp_pat
         generate(tmp_path, classes=(3, 10))
     with pytest.raises(ValueError, match="seeds: none were given"):
         generate(tmp_path, seeds=())
+
+
+def test_sample_refuses_classes_that_the_network_is_not_told(monkeypatch, tmp_path):
+    run = open_run(monkeypatch, digits(0), "digits()")
+    run.model.config.update(name="checkpoint", network={"_class_name": "UNet2DModel", "num_class_embeds": None})
+    with pytest.raises(ValueError, match=r"classes=\[3\]: expected 0 only: the model has no classes"):
+        generate(tmp_path, classes=(3,))
+    assert check_classes(None, classes_of(run)) == [0]
 
 
 @pytest.mark.parametrize(("solver", "nfe", "steps"), [("heun()", 35, 18), ("heun()", 10, 5), ("ddim()", 10, 10)])
