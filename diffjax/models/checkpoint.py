@@ -44,11 +44,17 @@ def checkpoint(
       ValueError: for a class that needs more than times and labels, or settings that make no network.
     """
     config = dict(locals(), name="checkpoint", shape=tuple(shape))
-    from diffjax.models import from_config
+    from diffjax.models import NETWORKS, from_config
 
     if isinstance(network, str):
         raise ValueError(f"checkpoint: network={network!r}: expected what its config.json holds; see configs/tune.py")
-    check_name("checkpoint", "network._class_name", network.get("_class_name"), LABELS)
+    kind = network.get("_class_name")
+    if kind in NETWORKS and kind not in LABELS:
+        raise ValueError(
+            f"checkpoint: network._class_name={kind!r}: it needs more than times and labels, which no config gives; "
+            f"train it in a loop of your own, see docs/init_from.md. A config trains: {', '.join(LABELS)}"
+        )
+    check_name("checkpoint", "network._class_name", kind, LABELS)
     check_data("checkpoint", shape, num_classes)
     check_least("checkpoint", 0, extra_in=extra_in, extra_out=extra_out)
     check_attention("checkpoint", "attention_impl", attention_impl, dtype)
@@ -58,7 +64,11 @@ def checkpoint(
     net = from_config(given, dtype=dtype, attention=attention_impl, scan=scan, remat=remat)
     for name, value in wanted.items():
         if given[name] != value:
-            raise ValueError(f"checkpoint: network.{name}={given[name]}: the data and the loss need {value}")
+            parts = f"{channels} of the data, {value - channels} of the loss"
+            raise ValueError(
+                f"checkpoint: network.{name}={given[name]}: the data and the loss need {value} ({parts}); a "
+                "checkpoint's network stays as it is, so change --config.data (or --config.loss)"
+            )
     null = _null(given, num_classes)
 
     def apply(params, x, t, y=None, *, key=None, method=None):

@@ -195,7 +195,9 @@ def naming(path: str):
     except Exception as error:
         text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         key = f"{path}.KEY" if isinstance(_get(defaults(), path.removeprefix("config.")), ConfigDict) else path
-        raise ConfigError(f"{path}: {text}" + FIX.format(path=key)) from error
+        # A message that names another key or a page knows better what to do.
+        cured = "--config." in text or "docs/" in text
+        raise ConfigError(f"{path}: {text}" + ("" if cured else FIX.format(path=key))) from error
 
 
 def _merge(given: Mapping, default: ConfigDict, path: str) -> dict:

@@ -112,9 +112,10 @@ def test_a_folder_of_another_network_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "network, words",
     [
-        ({"_class_name": "SD3Transformer2DModel"}, "known: DiTTransformer2DModel, UNet2DModel"),
+        ({"_class_name": "UNet2DConditionModel"}, "init_from.md. A config trains: DiTTransformer2DModel, UNet2DModel$"),
+        ({"_class_name": "UNet2D"}, "did you mean 'UNet2DModel'"),
         ({}, "known: DiTTransformer2DModel"),
-        (DIT | {"in_channels": 3}, "need 1"),
+        (DIT | {"in_channels": 3}, r"need 1 .*so change --config.data \(or --config.loss\)$"),
         (DIT | {"num_embeds_ada_norm": 9}, "the data have 10 classes"),
         (UNET | {"num_class_embeds": 10}, "at least 11"),
         (UNET | {"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported; supported: None"),
