@@ -146,6 +146,11 @@ class Model(NamedTuple):
     activations: tuple = ()
     fixed: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        # The whole config and all rules are thousands of characters.
+        config = self.config.get("network") or self.config
+        return f"Model({config.get('_class_name') or config.get('name')!r}, {len(self.config)} settings)"
+
 
 def namespace(*arrays):
     """`jax.numpy` if any of the arrays is a jax array, else `numpy`: host grids stay in float64."""

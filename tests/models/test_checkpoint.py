@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffjax.convert import load, save
+from diffjax.core.types import Model
 from diffjax.folders.convert import convert
 from diffjax.models import checkpoint, from_config
 from diffjax.nn.functional import names_of
@@ -54,6 +55,12 @@ def test_the_call_is_that_of_the_network(network, null):
     assert np.abs(found[0] - none[0]).max() > 1e-4
     if "num_layers" in network:  # one program more, of the cheaper network
         np.testing.assert_array_equal(ours(None), none)
+
+
+def test_its_repr_is_a_line():
+    assert repr(from_config(DIT)).startswith("Model('DiTTransformer2DModel', ")
+    assert repr(checkpoint(shape=(8, 8, 1), network=DIT)).startswith("Model('DiTTransformer2DModel', ")
+    assert repr(Model(None, None, dict(name="dit", depth=1), rules=(("a" * 99, ()),))) == "Model('dit', 2 settings)"
 
 
 def test_its_settings_are_told():
