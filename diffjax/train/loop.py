@@ -111,6 +111,8 @@ def train(
             return Result(step, None)
         if step:
             note(session, step, f"going on from step {step} of {last_step(config)}")
+        elif config.init_from:
+            note(session, step, f"beginning with the parameters of {config.init_from}")
         if text := saving.stretched(stored, config, step, parts.lr):
             note(session, step, text)
         if processes.is_first():
