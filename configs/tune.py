@@ -43,6 +43,8 @@ def get_config(arg=None):
         raise ValueError(f"path={arg.path}: expected the folder of a checkpoint, with a config.json: path=FOLDER")
     network = json.loads(file.read_text())
 
+    if (kind := network.get("_class_name")) not in ("UNet2DModel", "DiTTransformer2DModel"):
+        raise ValueError(f"path={arg.path}: no config trains a {kind}: write a loop of your own, see docs/init_from.md")
     if network.get("time_embedding_type") == "fourier":
         raise ValueError(f"path={arg.path}: it is told noise levels, not times in steps: write a config of its own")
 

@@ -119,3 +119,6 @@ def test_a_checkpoint_is_asked_for(tmp_path):
         configs.load(f"{ROOT}/configs/tune.py:path={tmp_path / 'ncsnpp'}")
     with pytest.raises(ValueError, match="expected the folder of a checkpoint"):
         configs.load(f"{ROOT}/configs/tune.py:path={tmp_path}")
+    (tmp_path / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+    with pytest.raises(ValueError, match="no config trains a SD3Transformer2DModel: .* docs/init_from.md"):
+        configs.load(f"{ROOT}/configs/tune.py:path={tmp_path}")
