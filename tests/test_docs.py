@@ -66,7 +66,7 @@ def test_the_table_of_memory_is_what_was_measured():
 
 
 def test_the_table_of_speed_is_what_was_measured():
-    results = [ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("networks", "networks_jax_0_10")]
+    results = [ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("networks", "networks_jax_0.10")]
     found = [list(json.loads(path.read_text())["networks"].values()) for path in results]
     page = (ROOT / "docs" / "networks.md").read_text().partition("## Speed beside PyTorch")[2]
     told = [[float(cell) for cell in re.findall(r"(?<=\| )\d\.\d\d(?= \|)", line)] for line in page.splitlines()]
