@@ -18,6 +18,7 @@ import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
 from diffjax.convert.weights.tensors import Tensor, bounds
+from diffjax.convert.weights.tensors.dtypes import TooLarge
 from diffjax.convert.weights.tensors.strict import shown
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -87,7 +88,7 @@ def read(place: Place, tensors: Mapping[str, Tensor], index: tuple[slice, ...], 
     Each layer is read straight into its slot: besides the result a chunk is in memory.
 
     Raises:
-      WeightsError: for a tensor of another shape than its place has.
+      WeightsError: for a tensor of another shape than its place has, or with numbers that `dtype` lacks.
       OSError: if a file cannot be read.
     """
     lengths = (len(place.keys),) * place.stacked + tuple(place.shape[axis] for axis in place.axes)
@@ -100,7 +101,10 @@ def read(place: Place, tensors: Mapping[str, Tensor], index: tuple[slice, ...], 
         if tensors[key].shape != place.shape:
             told = f"{list(tensors[key].shape)} instead of {list(place.shape)}"
             raise WeightsError(f"{tensors[key].path}: tensor {shown(key)} has the shape {told}")
-        tensors[key].fill(slots[i, ...].transpose(back), tuple(inner[axis] for axis in back))
+        try:
+            tensors[key].fill(slots[i, ...].transpose(back), tuple(inner[axis] for axis in back))
+        except TooLarge as error:
+            raise WeightsError(f"{tensors[key].path}: tensor {shown(key)}: {error}") from None
     return out
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffjax.convert.weights.errors import WeightsError
-from diffjax.convert.weights.tensors.dtypes import DTYPES
+from diffjax.convert.weights.tensors.dtypes import DTYPES, fitted
 from diffjax.convert.weights.tensors.strict import parse, shown
 
 # The largest header that the safetensors package reads.
@@ -60,6 +60,7 @@ class Tensor(NamedTuple):
 
         Raises:
           ValueError: for an array of another shape.
+          TooLarge: for numbers that the type of `out` lacks.
           WeightsError: if the file is no longer the one whose header was read, or became shorter.
           OSError: if it cannot be read.
         """
@@ -104,7 +105,7 @@ def _fill(file, out, tensor, index):
     elif part.nbytes <= CHUNK or part.shape in ((), (1,)):
         chunk = np.empty(part.shape, tensor.dtype)
         _read(file, chunk, part)
-        out[...] = chunk[(slice(None), *rest) if shape else ()]
+        out[...] = fitted(chunk[(slice(None), *rest) if shape else ()], out.dtype)
     else:
         # As many rows at a time as fit, or each row as a tensor of its own.
         many = CHUNK // row

@@ -107,6 +107,8 @@ def test_numbers_that_a_type_lacks_are_no_infinities(network, tmp_path, way):
             keys = "params" if way == "params" else None
             rewrite(tmp_path / "wide", tmp_path / "half", dtype="float16", keys=keys, overwrite=True)
     assert (tmp_path / "half" / ONE).read_bytes() == before
+    with pytest.raises(WeightsError, match=told):
+        load(tmp_path / "wide", param_dtype="float16")
     # What is infinite already stays so.
     large[:2] = 0
     save(model, params, tmp_path / "half", dtype="float16")
