@@ -31,8 +31,9 @@ from ml_collections import ConfigDict
 from configs.common import parse_arg
 
 # What scheduler files call the tables and the outputs that configs have.
-BETAS = {"linear": "ddpm", "scaled_linear": "scaled_linear", "sigmoid": "sigmoid"}
-BETAS |= {"squaredcos_cap_v2": "squared_cosine"}
+BETAS = {
+    "linear": "ddpm", "scaled_linear": "scaled_linear", "sigmoid": "sigmoid", "squaredcos_cap_v2": "squared_cosine",
+}  # fmt: skip
 HEADS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -55,7 +56,7 @@ def get_config(arg=None):
     config.init_from = arg.path
 
     config.schedule, config.head, config.time = learnt(arg.path, arg.noise)
-    if network.get("_class_name") == "UNet2DModel":
+    if kind == "UNet2DModel":
         network.setdefault("num_class_embeds", None)  # what is left out has no labels
     config.label_dropout = 0.0 if network.get("num_class_embeds", True) is None else 0.1
     if network.get("out_channels") == 2 * network.get("in_channels", 0):
