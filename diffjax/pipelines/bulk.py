@@ -300,7 +300,7 @@ def write_preview(folder: Path, index: dict, run, settings: Settings) -> Path:
     columns = min(10, len(images)) if index["labels"] != "balanced" else min(len(index["classes"]), 20, len(images))
     classes = f"Classes from {labels.min()} to {labels.max()}. " if classes_of(run) else ""
     figure = viz.image_grid(
-        images,
+        viz.first_channels(images),
         columns=max(columns, min(10, len(images))) if columns == 1 else columns,
         max_value=largest_pixel(run.dataset),
         title=f"The first {len(images)} of {index['num']} samples after {run.step} training steps",

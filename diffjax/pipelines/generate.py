@@ -211,7 +211,7 @@ def write(base: Path, samples: Samples, run, *, columns: int) -> tuple[Path, ...
     )
     classes = classes_of(run)
     figure = viz.image_grid(
-        samples.images, columns=columns if classes else min(10, len(samples.images)),
+        viz.first_channels(samples.images), columns=columns if classes else min(10, len(samples.images)),
         column_labels=[str(label) for label in samples.labels[:columns]] if classes else (),
         row_labels=[f"seed {seed}" for seed in samples.seeds[::columns]] if classes else (),
         max_value=largest_pixel(run.dataset), title=f"Samples after {run.step} training steps",

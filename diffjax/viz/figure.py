@@ -62,21 +62,24 @@ def wrap(text: str, width: float, size: float = TEXT, weight: str = "normal") ->
     return "\n".join(lines)
 
 
+def first_channels(images):
+    """What can be shown of `[..., C]`: the first three channels, or the first if there are fewer."""
+    return images[..., : 3 if images.shape[-1] >= 3 else 1]
+
+
 def to_display(images, *, max_value: int | None = None) -> np.ndarray:
     """Images as RGB float32 `[N, H, W, 3]` in `[0, 1]`, clipped.
 
     Args:
-      images: `[N, H, W, C]`; of other C than 1 and 3 the first channels (three, if there are as many) are shown. Floats
-        are read as `[-1, 1]`, integers as `[0, max_value]`.
+      images: `[N, H, W, C]` with C = 1 or 3; floats are read as `[-1, 1]`, integers as `[0, max_value]`.
       max_value: the integer that shows as white, 255 by default.
 
     Raises:
-      ValueError: for another rank, or no channel.
+      ValueError: for another rank or number of channels.
     """
     images = np.asarray(images)
-    if images.ndim != 4 or not images.shape[-1]:
-        raise ValueError(f"images of shape {images.shape}: expected [N, H, W, C] with C >= 1")
-    images = images[..., : 3 if images.shape[-1] >= 3 else 1]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"images of shape {images.shape}: expected [N, H, W, C] with C = 1 or 3")
     if np.issubdtype(images.dtype, np.integer):
         scaled = images.astype(np.float32) / (255 if max_value is None else max_value)
     else:
